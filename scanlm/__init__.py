@@ -1,0 +1,1 @@
+"""scanlm: a Transformer language model whose long-range memory is a parallel prefix scan."""

@@ -1,0 +1,324 @@
+"""Exclusive prefix scans of an operator that need not be associative.
+
+A prefix scan of an associative operator may bracket its operands as it likes. T1 of a
+TransformerScanModel is *not* associative, so the bracketing (the tree) is part of the model's
+definition and every algorithm here evaluates the same one:
+
+    prefix(i) = left fold, largest first, of the perfect binary subtrees of the binary digits of i
+    prefix(6) = combine(tree(0, 4), tree(4, 6))          because 6 = 4 + 2
+    tree(0, 4) = combine(combine(x0, x1), combine(x2, x3))
+
+with the recursion ``prefix(i) = combine(prefix(i - low), tree(i - low, i))``, where ``low`` is the
+lowest set bit of ``i``. The identity is never handed to ``combine``: chunk 0 has no prefix.
+
+Three evaluations of that one tree (Prefix-Scannable Models, arXiv 2506.10918, section 3):
+
+``sequential_scan``  one node at a time, straight from the definition: the oracle of the tests
+``blelloch_scan``    all independent nodes at once: O(n) work, O(log n) batched calls (training)
+``OnlineScan``       one chunk after another with a binary counter: O(log n) memory (generation)
+
+A node is named by the half-open span of chunks it covers: ``(4, 6)`` is ``tree(4, 6)`` and
+``(0, 6)`` is ``prefix(6)``. Within one tree a span names one node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Combine:
+    """One evaluation of ``combine`` as a trace records it."""
+
+    step: int  # the batched call (blelloch), the push (online) or the node count (sequential)
+    left: Span
+    right: Span
+
+    @property
+    def out(self) -> Span:
+        """Span of the node that was made."""
+        return self.left[0], self.right[1]
+
+
+Trace = list[Combine]
+
+
+def lowest_bit(i: int) -> int:
+    """Value of the lowest set bit of ``i`` (6 -> 2)."""
+    return i & -i
+
+
+def sequential_scan(
+    combine: Callable[[T, T], T], xs: Sequence[T], trace: Trace | None = None
+) -> list[T | None]:
+    """Exclusive prefixes of ``xs``, one node at a time from the definition.
+
+    Args:
+        combine: any function of two states, called as ``combine(left, right)``.
+        xs: the chunks' states.
+        trace: a list that receives one ``Combine`` a node, in order of evaluation.
+
+    Returns:
+        A list as long as ``xs``: entry ``i`` is ``prefix(i)``, entry 0 is ``None``.
+    """
+    steps = 0
+
+    def node(left: T, right: T, left_span: Span, right_span: Span) -> T:
+        nonlocal steps
+        if trace is not None:
+            trace.append(Combine(steps, left_span, right_span))
+        steps += 1
+        return combine(left, right)
+
+    trees: dict[Span, T] = {}
+
+    def tree(start: int, stop: int) -> T:
+        if stop - start == 1:
+            return xs[start]
+        if (start, stop) not in trees:
+            mid = (start + stop) // 2
+            trees[start, stop] = node(tree(start, mid), tree(mid, stop), (start, mid), (mid, stop))
+        return trees[start, stop]
+
+    prefixes: list[T | None] = [None] * len(xs)
+    for i in range(1, len(xs)):
+        start = i - lowest_bit(i)
+        left, right = prefixes[start], tree(start, i)
+        prefixes[i] = right if left is None else node(left, right, (0, start), (start, i))
+    return prefixes
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One batched call of ``combine``: the trees of one height, then groups of folds."""
+
+    trees: int  # how many perfect trees of height ``call number`` are made
+    seed: bool  # whether the initial state is folded with the first tree of the height below
+    folds: tuple[tuple[int, tuple[int, ...]], ...]  # (height of the right tree, slots of lefts)
+    prefixes: tuple[int, ...]  # i of each prefix(i) that is ready after this call, by slot
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    calls: tuple[_Call, ...]
+    rights: tuple[tuple[int, ...], ...]  # a height: which even trees are folded, in order of use
+    order: tuple[int, ...]  # where prefix(1), prefix(2), ... lie among the prefixes of all calls
+
+    def fold_sizes(self, height: int) -> list[int]:
+        """How many even trees of a height each call takes that takes any."""
+        return [len(s) for call in self.calls for h, s in call.folds if h == height]
+
+    def combines(self, step: int) -> Trace:
+        """The nodes of one call, in the order of its batch."""
+        call, ready = self.calls[step], self.calls[step - 1].prefixes
+        size = 1 << (step - 1)
+        starts = [2 * size * t for t in range(call.trees)]
+        spans = [((s, s + size), (s + size, s + 2 * size)) for s in starts]
+        if call.seed:
+            spans.append(((0, 0), (0, size)))
+        for height, slots in call.folds:
+            spans += [((0, ready[s]), (ready[s], ready[s] + (1 << height))) for s in slots]
+        return [Combine(step, left, right) for left, right in spans]
+
+
+@lru_cache(maxsize=256)
+def _schedule(n: int, seeded: bool) -> _Schedule:
+    """Plan prefix(1) ... prefix(n) so that each node is made as early as its operands allow.
+
+    A perfect tree of height h is ready after call h. ``prefix(i)`` hangs on ``prefix(i - low)``,
+    which is always ready exactly one call earlier, and on a tree that is ready by then. Listing
+    the prefixes of a call by falling lowest bit turns most gathers into plain slices.
+    """
+    top = n.bit_length() - 1
+    rights: list[list[int]] = [[] for _ in range(top + 1)]
+    calls = [_Call(n, False, (), () if seeded else (1,))]
+    while True:
+        d = len(calls)
+        trees = n >> d
+        seed = seeded and n >> (d - 1) > 0
+        groups = []
+        made = [1 << (d - 1)] if seed else [1 << d] if trees and not seeded else []
+        ready = calls[-1].prefixes
+        for height in range(top, -1, -1):
+            bit = 1 << height
+            lefts = [s for s, i in enumerate(ready) if lowest_bit(i) > bit and i + bit <= n]
+            if lefts:
+                groups.append((height, tuple(lefts)))
+                made += [ready[s] + bit for s in lefts]
+                rights[height] += [ready[s] >> (height + 1) for s in lefts]
+        if not (trees or seed or groups):
+            break
+        calls.append(_Call(trees, seed, tuple(groups), tuple(made)))
+    listed = [i for call in calls for i in call.prefixes]
+    order = sorted(range(n), key=listed.__getitem__)
+    return _Schedule(tuple(calls), tuple(map(tuple, rights)), tuple(order))
+
+
+def _take(x: Tensor, indices: Sequence[int]) -> Tensor:
+    """Entries of dimension 1; a view where they are contiguous, else one gather."""
+    first, count = indices[0], len(indices)
+    if list(indices) == list(range(first, first + count)):
+        return x[:, first : first + count]
+    return x.index_select(1, torch.tensor(indices, device=x.device))
+
+
+@dataclass(frozen=True)
+class ScanTree:
+    """All nodes of a parallel scan over ``n`` leaves.
+
+    Attributes:
+        prefixes: ``(batch, n, ...)``, entry ``i`` is ``prefix(i + 1)``: the fold of leaves 0..i.
+        trees: per height h the perfect trees ``(batch, n >> h, ...)``; height 0 are the leaves.
+    """
+
+    prefixes: Tensor
+    trees: list[Tensor]
+
+
+def scan_tree(
+    combine: Callable[[Tensor, Tensor], Tensor],
+    leaves: Tensor,
+    initial: Tensor | None = None,
+    trace: Trace | None = None,
+) -> ScanTree:
+    """Evaluate every prefix of ``leaves`` with as few, as large and as early calls as possible.
+
+    Args:
+        combine: maps two states ``(batch * pairs, ...)`` to one of the same shape.
+        leaves: ``(batch, n, ...)`` with n >= 1.
+        initial: ``(batch, ...)``, the fold of all earlier chunks, from which every prefix starts.
+            The result equals the scan over the whole past if the number of earlier chunks is a
+            multiple of a power of two > n.
+        trace: a list that receives one ``Combine`` a node, ``step`` being the number of the call.
+
+    Returns:
+        The prefixes 1 ... n and the perfect trees.
+    """
+    batch, n = leaves.shape[:2]
+    plan = _schedule(n, initial is not None)
+    trees, evens, odds = [leaves], [leaves[:, 0::2]], [leaves[:, 1::2]]
+    fold_rights: dict[int, list[Tensor]] = {}  # a height: one gather, cut up for its calls
+    ready = leaves[:, :1] if initial is None else leaves[:, :0]
+    prefixes = [ready]
+    for step, call in enumerate(plan.calls[1:], start=1):
+        lefts, rights = [], []
+        if call.trees:
+            lefts.append(evens[step - 1][:, : call.trees])
+            rights.append(odds[step - 1][:, : call.trees])
+        if call.seed and initial is not None:
+            lefts.append(initial.unsqueeze(1))
+            rights.append(trees[step - 1][:, :1])
+        for height, slots in call.folds:
+            if height not in fold_rights:
+                gathered = _take(evens[height], plan.rights[height])
+                fold_rights[height] = list(gathered.split(plan.fold_sizes(height), dim=1))
+            lefts.append(_take(ready, slots))
+            rights.append(fold_rights[height].pop(0))
+        left, right = torch.cat(lefts, 1), torch.cat(rights, 1)
+        made = combine(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, (batch, -1))
+        if trace is not None:
+            trace.extend(plan.combines(step))
+        tree, ready = made[:, : call.trees], made[:, call.trees :]
+        if call.trees:
+            trees.append(tree)
+            evens.append(tree[:, 0::2])
+            odds.append(tree[:, 1::2])
+            if initial is None:
+                ready = torch.cat([tree[:, :1], ready], 1)
+        prefixes.append(ready)
+    return ScanTree(_take(torch.cat(prefixes, 1), plan.order), trees)
+
+
+def blelloch_scan(
+    combine: Callable[[Tensor, Tensor], Tensor], x: Tensor, trace: Trace | None = None
+) -> Tensor:
+    """Exclusive prefixes of all chunks in O(log n) batched calls (Blelloch 1990).
+
+    Args:
+        combine: maps two states ``(batch * pairs, ...)`` to one of the same shape; it is called
+            at most ``2 * ceil(log2(chunks))`` times, on at most ``2 * (chunks - 1)`` pairs in all.
+        x: ``(batch, chunks, ...)``, any number of chunks >= 1.
+        trace: a list that receives one ``Combine`` a node, ``step`` being the number of the call.
+
+    Returns:
+        A tensor of ``x``'s shape: entry ``i`` is ``prefix(i)``; entry 0 is zeros and stands for
+        "no prefix".
+
+    Raises:
+        ValueError: ``x`` has fewer than two dimensions or no chunks.
+    """
+    if x.dim() < 2 or x.shape[1] == 0:
+        raise ValueError(f"x must be (batch, chunks >= 1, ...), got shape {tuple(x.shape)}")
+    zeros = torch.zeros_like(x[:, :1])
+    if x.shape[1] == 1:
+        return zeros
+    return torch.cat([zeros, scan_tree(combine, x[:, :-1], trace=trace).prefixes], 1)
+
+
+class OnlineScan(Generic[T]):
+    """The same tree, one chunk after another, with a binary counter.
+
+    The live roots are the trees of the binary digits of the number of chunks seen, and beside
+    each root stands the fold of it and all larger ones. A push carries like adding one to a
+    binary number: one combine a carried digit and one to renew the last fold, fewer than two on
+    average, while at most ``2 * (floor(log2(n)) + 1)`` states are held.
+    """
+
+    def __init__(self, combine: Callable[[T, T], T], trace: Trace | None = None) -> None:
+        self.combine = combine
+        self.trace = trace
+        self.num_chunks = 0
+        self.num_combines = 0
+        self._heights: list[int] = []
+        self._roots: list[T] = []
+        self._folds: list[T] = []
+        self._pushes = 0
+
+    @property
+    def prefix(self) -> T | None:
+        """Exclusive prefix for the next chunk; ``None`` before the first push."""
+        return self._folds[-1] if self._folds else None
+
+    @property
+    def states(self) -> list[T]:
+        """The live roots, largest tree first."""
+        return list(self._roots)
+
+    def push(self, x: T, height: int = 0) -> None:
+        """Fold in one more chunk, or a perfect tree of ``2 ** height`` chunks.
+
+        Raises:
+            ValueError: the chunks seen so far are not a multiple of ``2 ** height``.
+        """
+        if self.num_chunks % (1 << height):
+            raise ValueError(
+                f"a tree of {1 << height} chunks cannot follow {self.num_chunks} chunks"
+            )
+        start, mid, stop = self.num_chunks, self.num_chunks, self.num_chunks + (1 << height)
+        while self._heights and self._heights[-1] == height:
+            self._folds.pop()
+            mid, start = start, start - (1 << height)
+            x = self._node(self._roots.pop(), x, (start, mid), (mid, stop))
+            height = self._heights.pop() + 1
+        prefix = self.prefix
+        fold = x if prefix is None else self._node(prefix, x, (0, start), (start, stop))
+        self._heights.append(height)
+        self._roots.append(x)
+        self._folds.append(fold)
+        self.num_chunks = stop
+        self._pushes += 1
+
+    def _node(self, left: T, right: T, left_span: Span, right_span: Span) -> T:
+        if self.trace is not None:
+            self.trace.append(Combine(self._pushes, left_span, right_span))
+        self.num_combines += 1
+        return self.combine(left, right)

@@ -1,0 +1,225 @@
+"""The three scans evaluate one tree, with the work and depth that the design promises."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scanlm.scan import OnlineScan, blelloch_scan, scan_tree, sequential_scan
+
+LENGTHS = range(1, 71)
+
+
+def subtree(names: list[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    mid = len(names) // 2
+    return f"({subtree(names[:mid])}{subtree(names[mid:])})"
+
+
+def bracketing(i: int) -> str | None:
+    """The definition, written a third time: binary digits of i, largest first, folded left."""
+    if i == 0:
+        return None
+    result, start = "", 0
+    for bit in reversed(range(i.bit_length())):
+        if i >> bit & 1:
+            tree = subtree([f"x{k}" for k in range(start, start + (1 << bit))])
+            result = tree if not result else f"({result}{tree})"
+            start += 1 << bit
+    return result
+
+
+class Spelling:
+    """Runs a tensor scan on node numbers whose strings spell out how each was combined."""
+
+    def __init__(self, n: int) -> None:
+        self.strings = [f"x{i}" for i in range(n)]
+        self.calls: list[int] = []
+
+    def combine(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        self.calls.append(len(left))
+        made = range(len(self.strings), len(self.strings) + len(left))
+        for a, b in zip(left.tolist(), right.tolist(), strict=True):
+            self.strings.append(f"({self.strings[a]}{self.strings[b]})")
+        return torch.tensor(list(made))
+
+
+def odd_combine(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Neither associative nor commutative, and smooth."""
+    return torch.tanh(1.3 * left - 0.7 * right.flip(-1)) + 0.2 * left * right
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_every_scan_spells_the_defined_tree(n: int) -> None:
+    expected = [bracketing(i) for i in range(n)]
+    assert sequential_scan(lambda a, b: f"({a}{b})", [f"x{i}" for i in range(n)]) == expected
+
+    online = OnlineScan(lambda a, b: f"({a}{b})")
+    seen = []
+    for i in range(n):
+        seen.append(online.prefix)
+        online.push(f"x{i}")
+    assert seen == expected
+
+    spelling = Spelling(n)
+    nodes = blelloch_scan(spelling.combine, torch.arange(n)[None])[0].tolist()
+    assert [spelling.strings[k] for k in nodes[1:]] == expected[1:]
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_blelloch_combine_and_call_counts(n: int) -> None:
+    spelling = Spelling(n)
+    blelloch_scan(spelling.combine, torch.arange(n)[None])
+    assert sum(spelling.calls) <= 2 * (n - 1)
+    assert len(spelling.calls) <= 2 * math.ceil(math.log2(n))
+    # no node twice, and none that no prefix needs
+    made = spelling.strings[n:]
+    assert len(set(made)) == len(made)
+    prefixes = [bracketing(i) or "" for i in range(n)]
+    assert all(any(node in prefix for prefix in prefixes) for node in made)
+
+
+@pytest.mark.parametrize(("n", "combines"), [(8, 8), (9, 11), (64, 114), (100, 187), (1024, 2026)])
+def test_blelloch_makes_only_the_nodes_of_the_exclusive_scan(n: int, combines: int) -> None:
+    spelling = Spelling(n)
+    blelloch_scan(spelling.combine, torch.arange(n)[None])
+    assert sum(spelling.calls) == combines
+
+
+def test_eight_chunks_take_eight_combines_in_four_calls() -> None:
+    spelling = Spelling(8)
+    blelloch_scan(spelling.combine, torch.arange(8)[None])
+    assert spelling.calls == [3, 2, 2, 1]
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_blelloch_is_as_early_as_possible(n: int) -> None:
+    def depth(text: str) -> int:
+        level = deepest = 0
+        for char in text:
+            level += {"(": 1, ")": -1}.get(char, 0)
+            deepest = max(deepest, level)
+        return deepest
+
+    spelling = Spelling(n)
+    blelloch_scan(spelling.combine, torch.arange(n)[None])
+    assert len(spelling.calls) == max(depth(bracketing(i) or "") for i in range(n))
+
+
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(1, 70), batch=st.integers(1, 4), seed=st.integers(0, 2**31))
+def test_matrices_and_a_non_associative_function_agree(n: int, batch: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, n, 2, 2, dtype=torch.float64, generator=generator)
+    for combine in (torch.matmul, odd_combine):
+        expected = sequential_scan(combine, list(x.unbind(1)))
+        actual = blelloch_scan(combine, x)
+        assert actual.shape == x.shape
+        assert not actual[:, 0].any()
+        online = OnlineScan(combine)
+        for i in range(n):
+            if i:
+                torch.testing.assert_close(actual[:, i], expected[i])
+                torch.testing.assert_close(online.prefix, expected[i])
+            online.push(x[:, i])
+
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(2, 70), batch=st.integers(1, 3), seed=st.integers(0, 2**31))
+def test_gradients_agree_with_the_sequential_scan(n: int, batch: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, n, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(batch, n, 3, dtype=torch.float64, generator=generator)
+    plain = sequential_scan(odd_combine, list(x.unbind(1)))
+    loss = sum((p * weight[:, i]).sum() for i, p in enumerate(plain) if p is not None)
+    (expected,) = torch.autograd.grad(loss, x)
+    (actual,) = torch.autograd.grad((blelloch_scan(odd_combine, x) * weight).sum(), x)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(start=st.integers(1, 40), data=st.data())
+def test_a_scan_goes_on_from_an_earlier_fold(start: int, data: st.DataObject) -> None:
+    past = start * data.draw(st.sampled_from([2, 4, 8, 16]))
+    n = data.draw(st.integers(1, (past & -past) - 1))
+    names = [f"x{i}" for i in range(past + n)]
+    spelling = Spelling(past + n)
+    online = OnlineScan(lambda a, b: f"({a}{b})")
+    for name in names[:past]:
+        online.push(name)
+    spelling.strings.append(online.prefix or "")
+    initial = torch.tensor([past + n])
+    tree = scan_tree(spelling.combine, torch.arange(past, past + n)[None], initial)
+    made = [spelling.strings[k] for k in tree.prefixes[0].tolist()]
+    assert made == [bracketing(past + i + 1) for i in range(n)]
+
+
+@settings(deadline=None)
+@given(heights=st.lists(st.integers(0, 4), max_size=12))
+def test_pushing_whole_trees_equals_pushing_their_chunks(heights: list[int]) -> None:
+    def join(a: str, b: str) -> str:
+        return f"({a}{b})"
+
+    whole, single = OnlineScan(join), OnlineScan(join)
+    for height in heights:
+        if whole.num_chunks % (1 << height):
+            with pytest.raises(ValueError, match=f"a tree of {1 << height} chunks"):
+                whole.push("tree", height)
+            continue
+        names = [f"x{whole.num_chunks + k}" for k in range(1 << height)]
+        whole.push(subtree(names), height)
+        for name in names:
+            single.push(name)
+    assert (whole.prefix, whole.states) == (single.prefix, single.states)
+
+
+def test_online_scan_costs_fewer_than_two_combines_a_push() -> None:
+    online = OnlineScan(lambda a, b: a + b)
+    before = worst = 0
+    for i in range(4096):
+        online.push(1)
+        worst = max(worst, online.num_combines - before)
+        before = online.num_combines
+        assert online.prefix == i + 1
+        held = len(online.states) + len(online._folds)
+        assert held <= 2 * (math.floor(math.log2(i + 1)) + 1)
+    assert online.num_combines / 4096 < 2
+    assert worst == 12
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 13])
+def test_traces_name_the_nodes_that_were_made(n: int) -> None:
+    xs = torch.randn(1, n, 2)
+    names = [f"x{i}" for i in range(n)]
+    traces: list[list] = [[], [], []]
+    blelloch_scan(odd_combine, xs, trace=traces[0])
+    sequential_scan(lambda a, b: a + b, names, trace=traces[1])
+    online = OnlineScan(lambda a, b: a + b, trace=traces[2])
+    for name in names[:-1]:
+        online.push(name)
+    spans = [{(c.left, c.right) for c in trace} for trace in traces]
+    assert spans[0] == spans[1] == spans[2]
+    for trace in traces:
+        ready = {(i, i + 1): -1 for i in range(n)}
+        for c in trace:  # every operand was made before it is used
+            assert c.left in ready
+            assert c.right in ready
+            ready[c.out] = c.step
+        assert [c.step for c in trace] == sorted(c.step for c in trace)
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 11])
+def test_compiles_as_one_graph(n: int) -> None:
+    x = torch.randn(2, n, 3)
+    compiled = torch.compile(
+        lambda x: blelloch_scan(odd_combine, x), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(x), blelloch_scan(odd_combine, x))
+
+
+def test_no_chunks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"chunks >= 1.*\(2, 0, 3\)"):
+        blelloch_scan(odd_combine, torch.zeros(2, 0, 3))

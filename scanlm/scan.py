@@ -293,6 +293,25 @@ class OnlineScan(Generic[T]):
         """The live roots, largest tree first."""
         return list(self._roots)
 
+    @property
+    def folds(self) -> list[T]:
+        """Beside each live root the fold of it and all larger ones; the last is ``prefix``."""
+        return list(self._folds)
+
+    def map(self, function: Callable[[T], T]) -> None:
+        """Replace every state held by ``function`` of it (beam reordering, copies, devices)."""
+        self._roots = [function(x) for x in self._roots]
+        self._folds = [function(x) for x in self._folds]
+
+    def copy(self) -> OnlineScan[T]:
+        """A counter that goes on independently; the states themselves are shared."""
+        other = OnlineScan(self.combine)
+        other._heights, other._roots = list(self._heights), list(self._roots)
+        other._folds = list(self._folds)
+        other.num_chunks, other.num_combines = self.num_chunks, self.num_combines
+        other._pushes = self._pushes
+        return other
+
     def push(self, x: T, height: int = 0) -> None:
         """Fold in one more chunk, or a perfect tree of ``2 ** height`` chunks.
 
@@ -315,6 +334,30 @@ class OnlineScan(Generic[T]):
         self._roots.append(x)
         self._folds.append(fold)
         self.num_chunks = stop
+        self._pushes += 1
+
+    def extend(self, tree: ScanTree) -> None:
+        """Fold in the chunks of a parallel scan by reading its nodes, without new combines.
+
+        Args:
+            tree: the scan over the next n chunks, made with ``initial=self.prefix``. The states
+                must be tensors ``(batch, ...)``; copies are kept, so the tree can be freed.
+
+        Raises:
+            ValueError: chunks were seen before and their number is not a multiple of a power of
+                two greater than n, so that the scan's nodes are not those of this counter.
+        """
+        n = tree.trees[0].shape[1]
+        if self.num_chunks and lowest_bit(self.num_chunks) <= n:
+            raise ValueError(f"a scan of {n} chunks cannot follow {self.num_chunks} chunks")
+        start = 0
+        for height in reversed(range(n.bit_length())):
+            if n >> height & 1:
+                self._heights.append(height)
+                self._roots.append(tree.trees[height][:, start >> height].clone())  # type: ignore[arg-type]
+                start += 1 << height
+                self._folds.append(tree.prefixes[:, start - 1].clone())  # type: ignore[arg-type]
+        self.num_chunks += n
         self._pushes += 1
 
     def _node(self, left: T, right: T, left_span: Span, right_span: Span) -> T:

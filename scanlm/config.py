@@ -1,0 +1,119 @@
+"""Configuration of a TransformerScanModel."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers.configuration_utils import PretrainedConfig
+
+from scanlm.errors import ScanLMError, nearest
+
+TRAIN_MODES = ("blelloch", "sequential", "parallel")
+POSITION_EMBEDDINGS = ("absolute", "chunk")
+
+# n_embd, t2_layers, n_head: the original's size table; medium and large are GPT-2's
+PRESETS: dict[str, tuple[int, int, int]] = {
+    "tiny": (64, 3, 2),
+    "small": (128, 6, 4),
+    "standard": (256, 12, 8),
+    "base": (768, 12, 12),
+    "medium": (1024, 24, 16),
+    "large": (1280, 36, 20),
+}
+
+
+class ScanLMConfig(PretrainedConfig):
+    """Shape of a ``ScanLMForCausalLM``; names as in GPT-2's configuration.
+
+    Args:
+        vocab_size: tokens in the vocabulary.
+        n_positions: longest sequence with ``position_embedding="absolute"``; unused with "chunk".
+        n_embd, n_head, n_inner: width, attention heads, MLP width (``None``: 4 * n_embd).
+        chunk_size: tokens per chunk, c; also the length of a state.
+        t1_layers, t2_layers: blocks of the aggregator T1 and of the predictor T2.
+        train_mode: how a whole sequence's prefixes are computed: "blelloch" (in parallel) or
+            "sequential" (node by node); "parallel" is the original's name for the former.
+        position_embedding: "absolute" (over the sequence, as the original) or "chunk" (within
+            the chunk, so sequences may be of any length).
+        t1_causal: mask T1 causally, which is what the original code ran; the paper has no mask.
+        leaf_norm: a LayerNorm on T0's output, so that leaves have the scale of T1's outputs.
+        tie_word_embeddings: use the token embedding as the output projection too.
+
+    Raises:
+        ScanLMError: a value is out of range; the message names it.
+    """
+
+    model_type = "scanlm"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "t2_layers",
+    }
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_head: int = 12
+    n_inner: int | None = None
+    chunk_size: int = 64
+    t1_layers: int = 1
+    t2_layers: int = 12
+    train_mode: str = "blelloch"
+    position_embedding: str = "absolute"
+    t1_causal: bool = False
+    leaf_norm: bool = True
+    activation_function: str = "gelu_new"
+    resid_pdrop: float = 0.1
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Check the values (called by the generated ``__init__``)."""
+        super().__post_init__(**kwargs)
+        for name in ("vocab_size", "n_positions", "n_embd", "n_head", "chunk_size"):
+            self._check_count(name)
+        for name in ("t1_layers", "t2_layers"):
+            self._check_count(name)
+        if self.n_embd % self.n_head:
+            raise ScanLMError(
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: every head needs "
+                "n_embd / n_head features; change one of the two"
+            )
+        for name, known in (
+            ("train_mode", TRAIN_MODES),
+            ("position_embedding", POSITION_EMBEDDINGS),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ScanLMError(f"unknown {name} {value!r}.{nearest(str(value), known)}")
+
+    def _check_count(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ScanLMError(f"{name} must be an integer >= 1, got {value!r}")
+
+    @classmethod
+    def preset(cls, size: str, **overrides: Any) -> ScanLMConfig:
+        """A configuration by size name; ``base`` with the defaults is the paper-scale model.
+
+        Args:
+            size: "tiny", "small", "standard", "base", "medium" or "large".
+            overrides: any field of the configuration.
+
+        Raises:
+            ScanLMError: an unknown size.
+        """
+        if size not in PRESETS:
+            raise ScanLMError(f"unknown preset {size!r}.{nearest(size, PRESETS)}")
+        n_embd, t2_layers, n_head = PRESETS[size]
+        sizes = {"n_embd": n_embd, "t2_layers": t2_layers, "n_head": n_head}
+        return cls(**{**sizes, **overrides})

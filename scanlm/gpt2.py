@@ -1,0 +1,216 @@
+"""GPT-2's pre-norm blocks over a batch of windows of several lengths.
+
+T1 and T2 are both a ``Stack`` of these blocks. Parameter names and numerics are those of
+transformers' GPT-2, so weights can be copied either way. Two things differ from it, for speed:
+
+*One token matrix.* Windows of different lengths (the first chunk has no prefix, the last chunk may
+be partial) are concatenated into one ``(tokens, n_embd)`` matrix for the norms and products and
+split only for attention, so a layer is a handful of large calls and nothing is padded.
+
+*Kept positions.* Only the last ``keep`` positions of a window are wanted (T1 keeps its right half,
+T2 the chunk without its prefix). The last block computes queries, MLP and outputs for those alone.
+
+Shapes: ``n`` windows, ``s`` tokens a window, ``d`` = n_embd, ``h`` heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from scanlm.config import ScanLMConfig
+
+
+@dataclass(frozen=True)
+class Windows:
+    """``count`` windows of ``length`` tokens each, of which the last ``keep`` are wanted."""
+
+    count: int
+    length: int
+    keep: int
+
+    @property
+    def kept(self) -> Windows:
+        """The same windows cut down to the kept positions."""
+        return Windows(self.count, self.keep, self.keep)
+
+
+@dataclass
+class KeyValues:
+    """Keys and values ``(n, h, s, d / h)`` of the tokens one block's windows already hold."""
+
+    key: Tensor | None = None
+    value: Tensor | None = None
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append new tokens; returns all keys and values."""
+        if self.key is not None and self.value is not None:
+            key, value = torch.cat([self.key, key], dim=2), torch.cat([self.value, value], dim=2)
+        self.key, self.value = key, value
+        return key, value
+
+
+def take_kept(x: Tensor, groups: Sequence[Windows]) -> Tensor:
+    """Rows of the token matrix that are wanted: ``(sum n * s, d) -> (sum n * keep, d)``."""
+    parts = []
+    for rows, g in zip(x.split([g.count * g.length for g in groups]), groups, strict=True):
+        windows = rows.view(g.count, g.length, -1)
+        parts.append(windows[:, g.length - g.keep :].reshape(g.count * g.keep, -1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each window."""
+
+    def __init__(self, config: ScanLMConfig, num_layers: int, causal: bool) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.causal = causal
+        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.attn_pdrop = config.attn_pdrop
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.residual_std = config.initializer_range / math.sqrt(2 * num_layers)
+
+    def forward(
+        self, x: Tensor, groups: Sequence[Windows], only_kept: bool, past: KeyValues | None
+    ) -> Tensor:
+        """``(sum n * s, d) -> (sum n * s, d)``, or ``(sum n * keep, d)`` if ``only_kept``.
+
+        ``past`` (for a single group) holds earlier tokens of the windows and is extended by ``x``.
+        """
+        d = x.shape[-1]
+        if only_kept:
+            weight, bias = self.c_attn.weight, self.c_attn.bias
+            query = torch.addmm(bias[:d], take_kept(x, groups), weight[:, :d])
+            key, value = torch.addmm(bias[d:], x, weight[:, d:]).split(d, dim=-1)
+        else:
+            query, key, value = self.c_attn(x).split(d, dim=-1)
+        asked = [g.kept if only_kept else g for g in groups]
+        q_rows, kv_rows = [g.count * g.length for g in asked], [g.count * g.length for g in groups]
+        outputs = []
+        for q, k, v, g in zip(
+            query.split(q_rows), key.split(kv_rows), value.split(kv_rows), groups, strict=True
+        ):
+            q, k, v = (t.view(g.count, -1, self.n_head, d // self.n_head) for t in (q, k, v))
+            outputs.append(self._attend(q, k, v, past).reshape(-1, d))
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return self.resid_dropout(self.c_proj(out))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, past: KeyValues | None) -> Tensor:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if past is not None:
+            k, v = past.extend(k, v)
+        asked, total = q.shape[2], k.shape[2]
+        mask = None
+        if self.causal and 1 < asked < total:  # the queries are the *last* tokens of the window
+            mask = torch.ones(asked, total, dtype=torch.bool, device=q.device).tril(total - asked)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.attn_pdrop if self.training else 0.0,
+            is_causal=self.causal and asked == total,
+        )
+        return out.transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """GPT-2's feed-forward part."""
+
+    def __init__(self, config: ScanLMConfig, num_layers: int) -> None:
+        super().__init__()
+        inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
+        self.c_fc = Conv1D(inner, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, inner)
+        self.act = ACT2FN[config.activation_function]
+        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.residual_std = config.initializer_range / math.sqrt(2 * num_layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., d) -> (..., d)``."""
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+
+
+class Block(GradientCheckpointingLayer):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ScanLMConfig, num_layers: int, causal: bool) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, num_layers, causal)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config, num_layers)
+
+    def forward(
+        self,
+        x: Tensor,
+        groups: Sequence[Windows],
+        only_kept: bool = False,
+        past: KeyValues | None = None,
+    ) -> Tensor:
+        """``(sum n * s, d) -> (sum n * s, d)``, or the kept positions alone."""
+        residual = take_kept(x, groups) if only_kept else x
+        x = residual + self.attn(self.ln_1(x), groups, only_kept, past)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Stack(nn.Module):
+    """Blocks and a final LayerNorm over windows: T1 (not causal) or T2 (causal)."""
+
+    def __init__(self, config: ScanLMConfig, num_layers: int, causal: bool) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.h = nn.ModuleList([Block(config, num_layers, causal) for _ in range(num_layers)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    def forward(
+        self,
+        windows: Sequence[Tensor],
+        keep: Sequence[int],
+        past: list[KeyValues] | None = None,
+    ) -> list[Tensor]:
+        """Run all windows at once.
+
+        Args:
+            windows: groups of equally long windows, each ``(n, s, d)``.
+            keep: how many positions at the end of the group's windows are wanted.
+            past: one ``KeyValues`` a block (for a single group): the windows' earlier tokens,
+                extended in place by these.
+
+        Returns:
+            Per group the kept positions after the final norm, ``(n, keep, d)``.
+        """
+        groups = [Windows(w.shape[0], w.shape[1], k) for w, k in zip(windows, keep, strict=True)]
+        rows = [w.flatten(0, 1) for w in windows]
+        x = rows[0] if len(rows) == 1 else torch.cat(rows)
+        last = len(self.h) - 1
+        skip = any(g.keep < g.length for g in groups)
+        for i, block in enumerate(self.h):
+            x = block(x, groups, skip and i == last, past[i] if past is not None else None)
+        x = self.ln_f(x)
+        kept = x.split([g.count * g.keep for g in groups])
+        return [t.view(g.count, g.keep, -1) for t, g in zip(kept, groups, strict=True)]
+
+
+def init_weights(module: nn.Module, std: float) -> None:
+    """GPT-2's initialisation of one module; residual projections are scaled by depth."""
+    if isinstance(module, Conv1D | nn.Linear | nn.Embedding):
+        init.normal_(module.weight, std=std)
+        if isinstance(module, Conv1D):
+            init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        init.ones_(module.weight)
+        init.zeros_(module.bias)
+    elif isinstance(module, Attention | MLP):
+        init.normal_(module.c_proj.weight, std=module.residual_std)

@@ -1,0 +1,407 @@
+"""TransformerScanModel: a GPT-2 whose long-range memory is a prefix scan over chunks.
+
+The Transformer instance of Prefix-Scannable Models (Yau et al., arXiv 2506.10918, section 4). A
+sequence is cut into chunks of c tokens, and three parts do the work:
+
+    T0  embeds tokens: the c embeddings of chunk i are its leaf state x_i
+    T1  aggregates two states: blocks without causal mask over [left ; right], the last c outputs
+    T2  predicts: causal blocks over [prefix(i) ; x_i], the outputs at x_i go to the head
+
+    prefix(1) = x_0,   prefix(2) = T1(x_0, x_1),   prefix(3) = T1(T1(x_0, x_1), x_2),   ...
+
+with the tree of ``scanlm.scan``. So a token reads its own chunk and the state of everything before
+it. A whole sequence is evaluated level by level of the tree (training, prefill), a stream with the
+binary counter (generation); both compute the same function.
+
+Shapes: ``b`` sequences, ``t`` tokens, ``c`` = chunk_size, ``d`` = n_embd, ``v`` = vocab_size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.generation.utils import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+from scanlm.cache import RaggedScanCache, ScanCache
+from scanlm.config import ScanLMConfig
+from scanlm.errors import ScanLMError
+from scanlm.gpt2 import Stack, init_weights
+from scanlm.scan import lowest_bit, scan_tree, sequential_scan
+
+__all__ = ["ScanLMConfig", "ScanLMForCausalLM"]
+
+AnyCache = ScanCache | RaggedScanCache
+
+
+class ScanLMForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model of transformers, trained and generated from as any other.
+
+    Example:
+        >>> model = ScanLMForCausalLM(ScanLMConfig.preset("tiny", vocab_size=257))
+        >>> out = model(input_ids, labels=input_ids)      # out.loss, out.logits (b, t, v)
+        >>> model.generate(input_ids, max_new_tokens=100)
+    """
+
+    config_class = ScanLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _supports_sdpa = True
+    _is_stateful = True  # the counter cannot be rolled back, so no assisted decoding
+    _tied_weights_keys = {"lm_head.weight": "wte.weight"}  # noqa: RUF012
+
+    def __init__(self, config: ScanLMConfig) -> None:
+        super().__init__(config)
+        c = config
+        positions = c.n_positions if c.position_embedding == "absolute" else c.chunk_size
+        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
+        self.wpe = nn.Embedding(positions, c.n_embd)
+        self.leaf_norm = (
+            nn.LayerNorm(c.n_embd, eps=c.layer_norm_epsilon) if c.leaf_norm else nn.Identity()
+        )
+        self.drop = nn.Dropout(c.embd_pdrop)
+        self.t1 = Stack(c, c.t1_layers, causal=c.t1_causal)
+        self.t2 = Stack(c, c.t2_layers, causal=True)
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        init_weights(module, self.config.initializer_range)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding."""
+        self.wte = value
+
+    @classmethod
+    def from_gpt2(cls, gpt2: Any, chunk_size: int = 64, **overrides: Any) -> ScanLMForCausalLM:
+        """T0, T2 and the head from a GPT-2; T1 is new and must be trained.
+
+        Args:
+            gpt2: a ``GPT2LMHeadModel``, or the name or folder of one.
+            chunk_size: tokens per chunk.
+            overrides: other fields of the configuration, e.g. ``t1_layers=2``.
+
+        Returns:
+            A model that equals the GPT-2 on sequences of at most ``chunk_size`` tokens. It has no
+            ``leaf_norm``, which GPT-2 has not, unless asked for.
+        """
+        if isinstance(gpt2, str):
+            from transformers import GPT2LMHeadModel
+
+            gpt2 = GPT2LMHeadModel.from_pretrained(gpt2)
+        names = (
+            "vocab_size n_positions n_embd n_head n_inner activation_function resid_pdrop "
+            "embd_pdrop attn_pdrop layer_norm_epsilon initializer_range tie_word_embeddings "
+            "bos_token_id eos_token_id pad_token_id"
+        )
+        fields = {name: getattr(gpt2.config, name) for name in names.split()}
+        fields |= {"t2_layers": gpt2.config.n_layer, "leaf_norm": False, "chunk_size": chunk_size}
+        model = cls(ScanLMConfig(**{**fields, **overrides})).to(gpt2.dtype)
+        model.wte.load_state_dict(gpt2.transformer.wte.state_dict())
+        positions = gpt2.transformer.wpe.weight[: model.wpe.num_embeddings]
+        model.wpe.load_state_dict({"weight": positions})
+        model.t2.h.load_state_dict(gpt2.transformer.h.state_dict())
+        model.t2.ln_f.load_state_dict(gpt2.transformer.ln_f.state_dict())
+        model.lm_head.load_state_dict(gpt2.lm_head.state_dict())
+        return model.eval()
+
+    # T0, T1 and the tree
+
+    def embed(self, input_ids: Tensor, start: int = 0) -> Tensor:
+        """T0: tokens ``(b, t)``, the first at position ``start``, to embeddings ``(b, t, d)``."""
+        stop = start + input_ids.shape[1]
+        positions = torch.arange(start, stop, device=input_ids.device)
+        if self.config.position_embedding == "chunk":
+            positions = positions % self.config.chunk_size
+        return self.drop(self.leaf_norm(self.wte(input_ids) + self.wpe(positions)))
+
+    def aggregate(self, left: Tensor, right: Tensor) -> Tensor:
+        """T1: two states ``(n, c, d)`` to the state of their concatenated chunks."""
+        return self.t1([torch.cat([left, right], dim=1)], [right.shape[1]])[0]
+
+    def prefix_states(self, leaves: Tensor) -> Tensor:
+        """States of the first 1, 2, ... m chunks: leaves ``(b, m, c, d)`` to ``(b, m, c, d)``."""
+        if self.config.train_mode == "sequential":
+            chunks = [*leaves.unbind(1), leaves[:, 0]]  # the last leaf enters no exclusive prefix
+            prefixes = sequential_scan(self.aggregate, chunks)[1:]
+            return torch.stack([p for p in prefixes if p is not None], dim=1)
+        return scan_tree(self.aggregate, leaves).prefixes
+
+    # T2
+
+    def predict(self, x: Tensor, prefixes: Tensor | None, skip: int = 0) -> Tensor:
+        """T2 over all chunks at once.
+
+        Args:
+            x: embeddings ``(b, t, d)`` of whole chunks, the last of which may be partial.
+            prefixes: ``(b, m, c, d)``: the states before the last m chunks of x. Either all
+                chunks have one or all but the first (which then has no past).
+            skip: leave out this many chunks at the start.
+
+        Returns:
+            Hidden states ``(b, t - skip * c, d)``.
+        """
+        b, t, d = x.shape
+        c = self.config.chunk_size
+        full, rest = divmod(t, c)
+        bare = 1 if prefixes is None or prefixes.shape[1] < full + (rest > 0) else 0
+        windows, keep = [], []
+        first = max(skip, bare)
+        if bare and not skip:
+            windows.append(x[:, :c])
+            keep.append(min(c, t))
+        if prefixes is not None and full > first:
+            chunks = x[:, first * c : full * c].unflatten(1, (-1, c))
+            pairs = torch.cat([prefixes[:, first - bare : full - bare], chunks], dim=2)
+            windows.append(pairs.flatten(0, 1))
+            keep.append(c)
+        if prefixes is not None and rest:
+            windows.append(torch.cat([prefixes[:, full - bare], x[:, full * c :]], dim=1))
+            keep.append(rest)
+        hidden = [h.reshape(b, -1, d) for h in self.t2(windows, keep)]
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
+
+    # Whole sequences and streams
+
+    def _whole(self, input_ids: Tensor) -> Tensor:
+        """Hidden states ``(b, t, d)`` of sequences that are complete: the training path."""
+        c = self.config.chunk_size
+        x = self.embed(input_ids)
+        m = (x.shape[1] - 1) // c  # chunks that some later chunk reads
+        if m == 0:
+            return self.predict(x, None)
+        return self.predict(x, self.prefix_states(x[:, : m * c].unflatten(1, (m, c))))
+
+    def _stream(self, input_ids: Tensor, cache: ScanCache, wanted: int) -> Tensor:
+        """Hidden states of new tokens ``(b, t)``; the last ``wanted`` of them at least."""
+        c = self.config.chunk_size
+        x = self.embed(input_ids, cache.length)
+        cache.check(self.aggregate, x)
+        cache.length += x.shape[1]
+        hidden = []
+        if cache.fill:
+            begun, x = x[:, : c - cache.fill], x[:, c - cache.fill :]
+            hidden.append(self._advance(begun, cache))
+        while full := x.shape[1] // c:
+            # the scan of a run of chunks continues the tree only up to the next larger subtree
+            seen = cache.counter.num_chunks
+            n = min(full, lowest_bit(seen)) if seen else full
+            run, x = x[:, : n * c], x[:, n * c :]
+            hidden.append(self._extend(run, cache, max(wanted - x.shape[1], 0)))
+        if x.shape[1]:
+            hidden.append(self._advance(x, cache))
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
+
+    def _advance(self, x: Tensor, cache: ScanCache) -> Tensor:
+        """Some tokens ``(b, s, d)`` of one chunk through T2, keeping its keys and values."""
+        begins = cache.chunk is None
+        prefix = cache.counter.prefix if begins else None
+        window = x if prefix is None else torch.cat([prefix, x], dim=1)
+        (hidden,) = self.t2([window], [x.shape[1]], cache.window)
+        cache.chunk = x if cache.chunk is None else torch.cat([cache.chunk, x], dim=1)
+        if cache.fill == self.config.chunk_size:
+            cache.counter.push(cache.chunk)
+            cache.start_chunk()
+        return hidden
+
+    def _extend(self, x: Tensor, cache: ScanCache, wanted: int) -> Tensor:
+        """Several whole chunks ``(b, n c, d)`` in parallel, read into the counter."""
+        c = self.config.chunk_size
+        counter, initial = cache.counter, cache.counter.prefix
+        tree = scan_tree(self.aggregate, x.unflatten(1, (-1, c)), initial)
+        n = tree.prefixes.shape[1]
+        if counter.num_chunks and lowest_bit(counter.num_chunks) == n:
+            counter.push(tree.trees[-1][:, 0].clone(), height=n.bit_length() - 1)
+        else:
+            counter.extend(tree)
+        prefixes = tree.prefixes[:, :-1]
+        if initial is not None:
+            prefixes = torch.cat([initial.unsqueeze(1), prefixes], dim=1)
+        skip = min((n * c - wanted) // c, n)
+        if skip == n:
+            return x[:, :0]
+        return self.predict(x, prefixes if prefixes.shape[1] else None, skip)
+
+    def _hidden(self, input_ids: Tensor, cache: AnyCache | None, wanted: int) -> Tensor:
+        """Hidden states ``(b, >= wanted, d)`` that end at the last token."""
+        if cache is None:
+            return self._whole(input_ids)
+        if isinstance(cache, ScanCache):
+            return self._stream(input_ids, cache, wanted)
+        cache.columns += input_ids.shape[1]
+        hidden = input_ids.new_zeros((*input_ids.shape, self.config.n_embd), dtype=self.dtype)
+        for rows, part in cache.parts:
+            hidden[rows] = self._stream(input_ids[rows], part, input_ids.shape[1]).to(hidden.dtype)
+        return hidden
+
+    def _ragged(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, RaggedScanCache]:
+        """A left-padded batch ``(b, t)``: hidden states (zeros at padding) and its cache."""
+        t = input_ids.shape[1]
+        hidden = input_ids.new_zeros((*input_ids.shape, self.config.n_embd), dtype=self.dtype)
+        parts = []
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero().squeeze(1)
+            part = self.new_cache()
+            states = self._stream(input_ids[rows, t - length :], part, length)
+            hidden[rows, t - length :] = states.to(hidden.dtype)
+            parts.append((rows, part))
+        return hidden, RaggedScanCache(parts, columns=t)
+
+    def new_cache(self) -> ScanCache:
+        """An empty streaming state of this model."""
+        return ScanCache(self.aggregate, self.config.t2_layers)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: AnyCache | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of every position, and the loss.
+
+        Args:
+            input_ids: ``(b, t)`` with any t >= 1; the tokens after those in ``past_key_values``.
+            attention_mask: ``(b, past + t)``, zeros for padding. Padding at the left starts a
+                sequence later; padding at the right needs no mask, since no past token sees it.
+                With a cache that has seen tokens it is ignored: the cache knows.
+            past_key_values: state to continue from; it is advanced in place. Feeding a sequence
+                in pieces of any sizes gives the logits of feeding it at once.
+            labels: ``(b, t)``; position i is scored against ``labels[:, i + 1]``, -100 is not
+                scored.
+            shift_labels: ``(b, t)``, already shifted: position i is scored against entry i. Takes
+                precedence over ``labels``.
+            use_cache: return a state; by default only if one was passed.
+            logits_to_keep: only the last so many positions' logits (0: all), or their indices.
+            kwargs: ``num_items_in_batch`` divides the summed loss (gradient accumulation).
+
+        Raises:
+            ScanLMError: empty input, a token outside the vocabulary, a sequence beyond
+                ``n_positions``, a mask with holes or a cache that does not fit.
+        """
+        cache = past_key_values
+        self._check_input(input_ids, cache)
+        if use_cache and cache is None:
+            cache = self.new_cache()
+        t = input_ids.shape[1]
+        asked = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep else t
+        lengths = None
+        if cache is None or (isinstance(cache, ScanCache) and cache.length == 0):
+            lengths = self._left_padded_lengths(input_ids, attention_mask)
+        if lengths is not None:
+            hidden, cache = self._ragged(input_ids, lengths)
+        else:
+            hidden = self._hidden(input_ids, cache, min(asked, t))
+        if isinstance(logits_to_keep, int):
+            hidden = hidden[:, -min(asked, t) :]
+        else:
+            hidden = hidden[:, logits_to_keep]
+        logits = self.lm_head(hidden)
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                shift_labels=shift_labels,
+                vocab_size=self.config.vocab_size,
+                **kwargs,
+            )
+        keep = cache if use_cache or past_key_values is not None else None
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=keep)  # type: ignore[arg-type]
+
+    # Checks
+
+    def _check_input(self, input_ids: Tensor, cache: AnyCache | None) -> None:
+        if input_ids.dim() != 2 or input_ids.numel() == 0:
+            raise ScanLMError(
+                f"input_ids must be (batch, tokens) with at least one token, got shape "
+                f"{tuple(input_ids.shape)}; start from a bos token to generate from nothing"
+            )
+        if cache is not None and not isinstance(cache, AnyCache):
+            raise ScanLMError(
+                f"past_key_values must be a ScanCache of this model, got {type(cache).__name__}"
+            )
+        past = 0 if cache is None else cache.get_seq_length()
+        self._check_length(past + input_ids.shape[1])
+        # on a GPU the check would stall every training and decoding step
+        if input_ids.is_cpu and not torch.compiler.is_compiling():
+            low, high = input_ids.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                wrong = int(low) if low < 0 else int(high)
+                raise ScanLMError(
+                    f"token id {wrong} is not in the vocabulary of {self.config.vocab_size}: use "
+                    "the tokenizer that the model was trained with"
+                )
+
+    def _check_length(self, length: int) -> None:
+        limit = self.config.n_positions
+        if self.config.position_embedding == "absolute" and length > limit:
+            raise ScanLMError(
+                f"a sequence of {length} tokens is longer than n_positions={limit}: shorten it, or "
+                'build the model with position_embedding="chunk", which has no limit'
+            )
+
+    @staticmethod
+    def _left_padded_lengths(input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Each row's number of tokens ``(b,)`` if any row is padded at the left."""
+        if mask is None or bool(mask[:, 0].all()):
+            return None
+        lengths = mask.sum(1).long()
+        t = input_ids.shape[1]
+        columns = torch.arange(t, device=mask.device)
+        if mask.shape[1] != t or not torch.equal(
+            mask.bool(), columns >= (t - lengths).unsqueeze(1)
+        ):
+            raise ScanLMError(
+                "attention_mask must be (batch, tokens) with its zeros at the left of a row: a "
+                "sequence has no holes"
+            )
+        if bool((lengths == 0).any()):
+            raise ScanLMError("attention_mask hides a whole row: every row needs at least a token")
+        return lengths
+
+    # What generate() asks for
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # forward() makes the ScanCache
+
+    def _validate_generated_length(  # type: ignore[misc]
+        self, generation_config: Any, *args: Any
+    ) -> None:
+        super()._validate_generated_length(generation_config, *args)
+        self._check_length(generation_config.max_length)
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        past_key_values: AnyCache | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 1,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The tokens that the state has not seen yet."""
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        return {
+            "input_ids": input_ids[:, seen:],
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+        }

@@ -1,13 +1,15 @@
 """Make transformers' Auto classes know ScanLM without importing transformers.
 
-Registering needs the classes, and importing them takes seconds that ``scanlm --help`` need not
-pay. So the registration waits, as an import hook, for transformers' auto modules to be imported.
+``scanlm.config`` and ``scanlm.model`` register their classes themselves, but importing them takes
+seconds that ``scanlm --help`` need not pay. So an import hook imports them right after
+transformers' auto modules.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -15,36 +17,20 @@ from types import ModuleType
 from typing import Any
 
 
-def _register_config() -> None:
-    from transformers import AutoConfig
-
-    from scanlm.config import ScanLMConfig
-
-    AutoConfig.register("scanlm", ScanLMConfig, exist_ok=True)
-
-
-def _register_model() -> None:
-    from transformers import AutoModelForCausalLM
-
-    from scanlm.model import ScanLMConfig, ScanLMForCausalLM
-
-    AutoModelForCausalLM.register(ScanLMConfig, ScanLMForCausalLM, exist_ok=True)
-
-
-_AFTER_IMPORT: dict[str, Callable[[], None]] = {
-    "transformers.models.auto.configuration_auto": _register_config,
-    "transformers.models.auto.modeling_auto": _register_model,
+_AFTER_IMPORT = {
+    "transformers.models.auto.configuration_auto": "scanlm.config",
+    "transformers.models.auto.modeling_auto": "scanlm.model",
 }
 
 
 class _AfterImport(MetaPathFinder):
-    """Calls back once a module of ``_AFTER_IMPORT`` has been executed."""
+    """Imports our module once transformers' module has been executed."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        callback = _AFTER_IMPORT.get(fullname)
-        if callback is None:
+        ours = _AFTER_IMPORT.get(fullname)
+        if ours is None:
             return None
         sys.meta_path.remove(self)
         try:
@@ -57,7 +43,7 @@ class _AfterImport(MetaPathFinder):
 
         def execute_and_register(module: Any) -> None:
             execute(module)
-            callback()
+            import_module(ours)
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
@@ -65,8 +51,8 @@ class _AfterImport(MetaPathFinder):
 
 def register_with_transformers() -> None:
     """Register ScanLM now for what is imported already, later for what is not."""
-    for module, callback in _AFTER_IMPORT.items():
-        if module in sys.modules:
-            callback()
+    for theirs, ours in _AFTER_IMPORT.items():
+        if theirs in sys.modules:
+            import_module(ours)
     if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())

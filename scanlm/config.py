@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig
 
 from scanlm.errors import ScanLMError, nearest
@@ -117,3 +118,6 @@ class ScanLMConfig(PretrainedConfig):
         n_embd, t2_layers, n_head = PRESETS[size]
         sizes = {"n_embd": n_embd, "t2_layers": t2_layers, "n_head": n_head}
         return cls(**{**sizes, **overrides})
+
+
+AutoConfig.register(ScanLMConfig.model_type, ScanLMConfig, exist_ok=True)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -78,9 +79,9 @@ class ScanLMForCausalLM(PreTrainedModel, GenerationMixin):
         """The token embedding."""
         return self.wte
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding."""
-        self.wte = value
+        self.wte = value  # type: ignore[assignment]
 
     @classmethod
     def from_gpt2(cls, gpt2: Any, chunk_size: int = 64, **overrides: Any) -> ScanLMForCausalLM:
@@ -381,10 +382,8 @@ class ScanLMForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # forward() makes the ScanCache
 
-    def _validate_generated_length(  # type: ignore[misc]
-        self, generation_config: Any, *args: Any
-    ) -> None:
-        super()._validate_generated_length(generation_config, *args)
+    def _validate_generated_length(self, generation_config: Any, *args: Any) -> None:
+        super()._validate_generated_length(generation_config, *args)  # type: ignore[misc]
         self._check_length(generation_config.max_length)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
@@ -405,3 +404,6 @@ class ScanLMForCausalLM(PreTrainedModel, GenerationMixin):
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
         }
+
+
+AutoModelForCausalLM.register(ScanLMConfig, ScanLMForCausalLM, exist_ok=True)

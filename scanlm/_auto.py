@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-
 _AFTER_IMPORT = {
     "transformers.models.auto.configuration_auto": "scanlm.config",
     "transformers.models.auto.modeling_auto": "scanlm.model",

@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.generation.utils import GenerationMixin
@@ -32,6 +33,7 @@ from scanlm.cache import RaggedScanCache, ScanCache
 from scanlm.config import ScanLMConfig
 from scanlm.errors import ScanLMError
 from scanlm.gpt2 import Stack, init_weights
+from scanlm.loss import IGNORE, linear_cross_entropy
 from scanlm.scan import lowest_bit, scan_tree, sequential_scan
 
 __all__ = ["ScanLMConfig", "ScanLMForCausalLM"]
@@ -272,6 +274,7 @@ class ScanLMForCausalLM(PreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        return_logits: bool = True,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of every position, and the loss.
@@ -289,6 +292,8 @@ class ScanLMForCausalLM(PreTrainedModel, GenerationMixin):
                 precedence over ``labels``.
             use_cache: return a state; by default only if one was passed.
             logits_to_keep: only the last so many positions' logits (0: all), or their indices.
+            return_logits: if False, only the loss is computed, without ever holding all logits
+                (training: they would take more memory than the model).
             kwargs: ``num_items_in_batch`` divides the summed loss (gradient accumulation).
 
         Raises:
@@ -300,28 +305,27 @@ class ScanLMForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and cache is None:
             cache = self.new_cache()
         t = input_ids.shape[1]
-        asked = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep else t
+        targets = _next_tokens(labels, shift_labels)
+        wanted = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        asked = t if targets is not None else min(wanted or t, t)
         lengths = None
         if cache is None or (isinstance(cache, ScanCache) and cache.length == 0):
             lengths = self._left_padded_lengths(input_ids, attention_mask)
         if lengths is not None:
             hidden, cache = self._ragged(input_ids, lengths)
         else:
-            hidden = self._hidden(input_ids, cache, min(asked, t))
-        if isinstance(logits_to_keep, int):
-            hidden = hidden[:, -min(asked, t) :]
-        else:
-            hidden = hidden[:, logits_to_keep]
-        logits = self.lm_head(hidden)
-        loss = None
-        if labels is not None or shift_labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                shift_labels=shift_labels,
-                vocab_size=self.config.vocab_size,
-                **kwargs,
+            hidden = self._hidden(input_ids, cache, asked)
+        loss, logits = None, None
+        if targets is not None:
+            loss = linear_cross_entropy(
+                hidden.flatten(0, 1),
+                self.lm_head.weight,
+                targets.flatten(),
+                kwargs.get("num_items_in_batch"),
             )
+        if return_logits:
+            kept = slice(-wanted, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
         keep = cache if use_cache or past_key_values is not None else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=keep)  # type: ignore[arg-type]
 
@@ -404,6 +408,13 @@ class ScanLMForCausalLM(PreTrainedModel, GenerationMixin):
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
         }
+
+
+def _next_tokens(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | None:
+    """What each position is scored against, ``(b, t)``."""
+    if shift_labels is not None or labels is None:
+        return shift_labels
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
 AutoModelForCausalLM.register(ScanLMConfig, ScanLMForCausalLM, exist_ok=True)

@@ -1,0 +1,93 @@
+"""Output projection and cross-entropy in one, without ever holding all logits.
+
+A batch of 64 x 512 tokens over 50,257 words has 1.6 billion logits: 6.6 GB in float32, and as much
+again for their gradient. ``linear_cross_entropy`` walks over the tokens in slices: a slice's logits
+are made, turned into its loss *and* its gradients, and dropped. So the backward pass has nothing
+left to compute. The products are padded to a vocabulary that suits tensor cores (a width of 50,257
+runs several times slower than 50,304); the extra columns are cut off before the softmax, so no
+result changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+LOGITS_PER_SLICE = 2**28  # half a gigabyte in bf16: large enough products, small against a model
+
+
+def pad_vocabulary(weight: Tensor, multiple: int = 64) -> Tensor:
+    """``(v, d)`` with zero rows added up to a multiple that tensor cores like."""
+    missing = -weight.shape[0] % multiple
+    return F.pad(weight, (0, 0, 0, missing)) if missing else weight
+
+
+class _SummedLoss(torch.autograd.Function):
+    """Summed cross-entropy; the gradients are computed along with it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+        vocab_size = weight.shape[0]
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        padded = pad_vocabulary(weight.to(hidden.dtype))
+        training = any(ctx.needs_input_grad[:2])
+        total = hidden.new_zeros((), dtype=exact)
+        grads_hidden = []
+        grad_weight = torch.zeros_like(padded, dtype=exact) if training else None
+        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+            logits = (h @ padded.T)[:, :vocab_size].to(exact)
+            scored = t != IGNORE
+            index = t.where(scored, 0).unsqueeze(1)
+            log_norm = logits.logsumexp(dim=1, keepdim=True)
+            losses = (log_norm - logits.gather(1, index)).squeeze(1)
+            total = total + losses.where(scored, 0).sum()
+            if grad_weight is not None:
+                grad = (logits - log_norm).exp()
+                # an in-place write would break the compiler's fusion of this line with the last
+                grad = grad - (torch.arange(vocab_size, device=t.device) == index).to(exact)
+                grad = (grad * scored.unsqueeze(1)).to(h.dtype)
+                grad = F.pad(grad, (0, padded.shape[0] - vocab_size))
+                grads_hidden.append(grad @ padded)
+                grad_weight = grad_weight + (grad.T @ h).to(exact)
+        if grad_weight is not None:
+            grad_weight = grad_weight[:vocab_size].to(weight.dtype)
+            ctx.save_for_backward(torch.cat(grads_hidden), grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    num_items: Tensor | int | None = None,
+    rows: int | None = None,
+) -> Tensor:
+    """Mean cross-entropy of ``hidden @ weight.T`` against ``targets``, in nats.
+
+    Args:
+        hidden: ``(n, d)``; under autocast it is used in the autocast precision.
+        weight: ``(v, d)``.
+        targets: ``(n,)``, ``-100`` where nothing is scored.
+        num_items: divisor of the sum; by default the number of scored targets.
+        rows: tokens a slice; by default as many as make ``LOGITS_PER_SLICE`` logits.
+
+    Returns:
+        A scalar in float32 (float64 for float64 inputs).
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    rows = rows or max(LOGITS_PER_SLICE // weight.shape[0], 1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        total = _SummedLoss.apply(hidden, weight, targets, rows)
+        if num_items is None:
+            num_items = (targets != IGNORE).sum()
+        return total / num_items

@@ -1,0 +1,72 @@
+"""The fused projection and loss against the plain one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from scanlm.loss import linear_cross_entropy
+
+
+def case(n=37, d=8, v=101, dtype=torch.float64, ignore=True):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, d, generator=g, dtype=dtype).requires_grad_()
+    weight = torch.randn(v, d, generator=g, dtype=dtype).requires_grad_()
+    targets = torch.randint(v, (n,), generator=g)
+    if ignore:
+        targets[::5] = -100
+    return hidden, weight, targets
+
+
+@pytest.mark.parametrize("rows", [1, 7, 37, 1000])
+@pytest.mark.parametrize("ignore", [False, True])
+def test_value_and_gradients_equal_the_plain_loss(rows, ignore):
+    hidden, weight, targets = case(ignore=ignore)
+    plain = F.cross_entropy(hidden @ weight.T, targets)
+    expected = torch.autograd.grad(3 * plain, (hidden, weight))
+    fused = linear_cross_entropy(hidden, weight, targets, rows=rows)
+    got = torch.autograd.grad(3 * fused, (hidden, weight))
+    torch.testing.assert_close(fused, plain, rtol=0, atol=1e-12)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_num_items_divides_the_sum():
+    hidden, weight, targets = case()
+    total = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets, 10), total / 10)
+
+
+def test_large_logits_do_not_overflow():
+    hidden, weight, targets = case(dtype=torch.float32)
+    plain = F.cross_entropy(1e4 * hidden @ weight.T, targets)
+    fused = linear_cross_entropy(1e4 * hidden, weight, targets)
+    assert torch.isfinite(fused)
+    torch.testing.assert_close(fused, plain)
+
+
+def test_without_gradients_only_the_value_is_computed():
+    hidden, weight, targets = case()
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, targets)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, targets).detach())
+
+
+def test_under_autocast_products_run_in_bf16_and_the_loss_in_float32():
+    hidden, weight, targets = case(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets)
+        plain = F.cross_entropy((hidden @ weight.T).float(), targets)
+    loss.backward()
+    assert loss.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
+    torch.testing.assert_close(loss, plain, rtol=1e-2, atol=0)
+
+
+def test_compiles_into_one_graph():
+    hidden, weight, targets = case()
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    fused = compiled(hidden, weight, targets, rows=10)
+    got = torch.autograd.grad(fused, (hidden, weight))
+    plain = F.cross_entropy(hidden @ weight.T, targets)
+    for a, b in zip(got, torch.autograd.grad(plain, (hidden, weight)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)

@@ -1,0 +1,68 @@
+"""Which earlier tokens a prediction depends on, measured by gradients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from scanlm.errors import ScanLMError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+
+def influence(
+    model: nn.Module, input_ids: Tensor, seed: int = 0, batch_size: int = 32
+) -> np.ndarray:
+    """Sensitivity of each position's logits to each token's embedding.
+
+    Entry ``[i, j]`` is ``||J.T v||`` where ``J = d logits[i] / d embedding[j]`` and ``v`` is one
+    fixed random direction with ``E ||J.T v||**2 = ||J||_F**2``. An entry is exactly zero where no
+    path leads from token j to position i.
+
+    Args:
+        model: any causal language model of transformers; it is evaluated without dropout.
+        input_ids: ``(T,)`` or ``(1, T)``.
+        seed: of the random direction.
+        batch_size: positions per backward pass.
+
+    Returns:
+        ``(T, T)`` float64; rows are positions that predict, columns are tokens read.
+
+    Raises:
+        ScanLMError: more than one sequence, or an empty one.
+    """
+    ids = input_ids.reshape(1, -1) if input_ids.dim() == 1 else input_ids
+    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
+        raise ScanLMError(
+            f"input_ids must be one sequence, (T,) or (1, T), got shape {tuple(input_ids.shape)}"
+        )
+    embedded: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    training, hook = model.training, embedding.register_forward_hook(keep)
+    model.eval()
+    rows = []
+    direction: Tensor | None = None
+    try:
+        # row k of a batch asks for position start + k: one backward pass for many positions
+        for positions in torch.arange(ids.shape[1], device=ids.device).split(batch_size):
+            embedded.clear()
+            with torch.enable_grad():
+                logits = model(input_ids=ids.expand(len(positions), -1)).logits
+                if direction is None:
+                    noise = torch.Generator().manual_seed(seed)
+                    direction = torch.randn(logits.shape[-1], generator=noise).to(logits)
+                asked = logits[torch.arange(len(positions), device=ids.device), positions]
+                (gradient,) = torch.autograd.grad((asked @ direction).sum(), embedded[0])
+            rows.append(gradient.double().norm(dim=-1).cpu())
+    finally:
+        hook.remove()
+        model.train(training)
+    return torch.cat(rows).numpy()

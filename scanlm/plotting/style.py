@@ -1,0 +1,148 @@
+"""One look for every figure: fonts, spacing, and a fixed colour and marker per model family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+INK = "#22262B"
+MUTED = "#6B7280"
+FAINT = "#D5D9DF"
+PAPER = "#FFFFFF"
+
+
+@dataclass(frozen=True)
+class FamilyStyle:
+    """How the curves of one model family are drawn, in every figure."""
+
+    label: str
+    color: str
+    marker: str
+    linestyle: str = "-"
+
+
+# Okabe and Ito's colour-blind-safe palette; relatives share a hue and differ in line style
+FAMILIES: dict[str, FamilyStyle] = {
+    "scanlm": FamilyStyle("scanlm", "#D55E00", "o"),
+    "gpt2": FamilyStyle("GPT-2", "#3F444C", "s"),
+    "gpt2_window": FamilyStyle("GPT-2, window", "#9AA1AB", "s", "--"),
+    "gla": FamilyStyle("GLA", "#009E73", "^"),
+    "gated_deltanet": FamilyStyle("Gated DeltaNet", "#0072B2", "D"),
+    "mamba2": FamilyStyle("Mamba-2", "#CC79A7", "v"),
+}
+# for series that are no family of their own: chunk sizes, unknown models
+EXTRA_COLORS = ("#56B4E9", "#E69F00", "#7A5195", "#8A6D3B", "#BC5090", "#2F9E9E")
+
+T0_COLOR, T1_COLOR, T2_COLOR = "#7C8794", "#D55E00", "#0072B2"
+
+RC: dict[str, Any] = {
+    # DejaVu comes with matplotlib, so a figure looks the same on every machine
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "mathtext.fontset": "dejavusans",
+    "font.size": 10,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 12,
+    "axes.labelsize": 10,
+    "axes.labelpad": 7,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#9AA1AB",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#E8EAEE",
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": PAPER,
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "savefig.bbox": "tight",
+    "savefig.pad_inches": 0.18,
+}
+
+
+def use_style() -> None:
+    """Make this look the default of the whole session (notebooks call it once)."""
+    mpl.rcParams.update(RC)  # type: ignore[arg-type]
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """This look for the figures made inside the ``with`` block only."""
+    with mpl.rc_context(RC):  # type: ignore[arg-type]
+        yield
+
+
+def family_of(model: str) -> str | None:
+    """Family of a model id: the longest family name it starts with (``gpt2_window_512``)."""
+    matches = [f for f in FAMILIES if model == f or model.startswith((f + "_", f + "-"))]
+    return max(matches, key=len, default=None)
+
+
+def model_styles(models: list[str]) -> dict[str, FamilyStyle]:
+    """A style per model id: the family's colour, told apart by line style within a family.
+
+    Ids of no known family get the extra colours in order of appearance.
+    """
+    dashes = ("-", "--", ":", "-.")
+    seen: dict[str, int] = {}
+    styles = {}
+    for model in models:
+        family = family_of(model)
+        if family is None:
+            count = seen[""] = seen.get("", -1) + 1
+            color = EXTRA_COLORS[count % len(EXTRA_COLORS)]
+            styles[model] = FamilyStyle(model, color, "o")
+            continue
+        base = FAMILIES[family]
+        count = seen[family] = seen.get(family, -1) + 1
+        line = base.linestyle if count == 0 else dashes[(dashes.index(base.linestyle) + count) % 4]
+        styles[model] = FamilyStyle(
+            base.label if model == family else model, base.color, base.marker, line
+        )
+    return styles
+
+
+def sequence_colors(count: int) -> list[str]:
+    """Colours of an ordered series, dark to light (viridis, its palest part left out)."""
+    cmap = mpl.colormaps["viridis"]
+    span = max(count - 1, 1)
+    return [mpl.colors.to_hex(cmap(0.10 + 0.72 * i / span)) for i in range(count)]
+
+
+def text_on(color: str) -> str:
+    """White or ink, whichever is readable on a background colour (WCAG luminance)."""
+    linear = [
+        v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4
+        for v in mpl.colors.to_rgb(color)
+    ]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return INK if luminance > 0.22 else PAPER
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches. It is not pyplot's: it shows once, as a cell's last value."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def caption(figure: Figure, text: str) -> None:
+    """A small line under the figure: where its data come from."""
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color=MUTED)

@@ -1,0 +1,346 @@
+"""Curves from run records: loss by training, by position, by chunk size, and speed.
+
+Every function takes the long frame of ``scanlm.records.read_metrics``: one row a metric, with
+``run_id``, ``experiment``, ``model``, ``seed``, ``split``, ``step``, ``tokens``, ``name``,
+``value`` and the axes that apply (``position``, ``length``, ``chunk_size``, ...). Runs of one
+series that differ in the seed only become a mean line in a band from the least to the greatest.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, ScalarFormatter
+
+from scanlm.errors import ScanLMError, nearest
+from scanlm.plotting.style import (
+    FAINT,
+    INK,
+    MUTED,
+    FamilyStyle,
+    caption,
+    model_styles,
+    new_figure,
+    sequence_colors,
+    style,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+X_LABELS = {
+    "tokens": "tokens trained on",
+    "step": "optimiser steps",
+    "seconds": "seconds of training",
+    "flops": "training compute (FLOP)",
+}
+NAME_LABELS = {
+    "loss": "loss (nats per token)",
+    "perplexity": "perplexity (per token)",
+    "bits_per_byte": "bits per byte",
+    "accuracy": "accuracy",
+    "tokens_per_second": "tokens per second",
+}
+
+
+def _rows(
+    metrics: pd.DataFrame, name: str, needs: tuple[str, ...], split: str | None
+) -> pd.DataFrame:
+    """Rows of one metric that have the axes in ``needs``; perplexities are made from losses."""
+    for column in needs:
+        if column not in metrics:
+            raise ScanLMError(
+                f"the records have no column {column!r}.{nearest(column, metrics.columns)}"
+            )
+    rows = metrics[metrics["name"] == name]
+    if rows.dropna(subset=list(needs)).empty and name == "perplexity":
+        rows = metrics[metrics["name"] == "loss"].assign(name=name)
+        rows = rows.assign(value=np.exp(rows["value"]))
+    known = ", ".join(sorted(metrics["name"].unique())) or "none"
+    if rows.empty:
+        raise ScanLMError(f"the records have no metric {name!r}; they have: {known}")
+    if split is not None:
+        splits = sorted(rows["split"].dropna().unique())
+        rows = rows[rows["split"] == split]
+        if rows.empty:
+            raise ScanLMError(f"no {name!r} on split {split!r}.{nearest(split, splits)}")
+    rows = rows.dropna(subset=[*needs, "value"])
+    if rows.empty:
+        raise ScanLMError(f"no {name!r} has the axis {' and '.join(needs)}: nothing to draw")
+    return rows
+
+
+def _last(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each run's rows of its last step."""
+    if "step" not in rows or rows["step"].isna().all():
+        return rows
+    return rows[rows["step"] == rows.groupby("run_id")["step"].transform("max")]
+
+
+def _medians(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """One row a run and combination of ``keys``: the median of its values."""
+    return rows.groupby(["run_id", *keys])["value"].median().reset_index()
+
+
+def _series(rows: pd.DataFrame, by: str) -> list[tuple[str, FamilyStyle, pd.DataFrame]]:
+    """Split rows into series with their styles: models by family, other columns in order."""
+    if by not in rows:
+        raise ScanLMError(f"the records have no column {by!r}.{nearest(by, rows.columns)}")
+    keys = list(rows[by].dropna().unique())
+    if by == "model":
+        styles = model_styles(keys)
+        return [(styles[k].label, styles[k], rows[rows[by] == k]) for k in keys]
+    keys = sorted(keys)
+    word = by.replace("_size", "").replace("_", " ")
+    named = [f"{word} {k:g}" if isinstance(k, (int, float)) else f"{k}" for k in keys]
+    looks = [FamilyStyle(n, c, "o") for n, c in zip(named, sequence_colors(len(keys)), strict=True)]
+    return [(s.label, s, rows[rows[by] == k]) for k, s in zip(keys, looks, strict=True)]
+
+
+def _spread(rows: pd.DataFrame, x: str) -> pd.DataFrame:
+    """Mean, least and greatest value over runs, by step where ``x`` differs between runs."""
+    key = "step" if x == "seconds" and rows["step"].notna().all() else x
+    groups = rows.groupby(key)
+    table = groups["value"].agg(["mean", "min", "max"])
+    return table.assign(x=groups[x].mean()).sort_values("x")
+
+
+def _draw(ax: Axes, rows: pd.DataFrame, x: str, look: FamilyStyle, label: str, faint: bool) -> None:
+    table = _spread(rows, x)
+    few = len(table) <= 25 and not faint
+    ax.plot(
+        table["x"],
+        table["mean"],
+        color=look.color,
+        ls=look.linestyle,
+        lw=0.9 if faint else 1.9,
+        alpha=0.45 if faint else 1.0,
+        marker=look.marker if few else None,
+        ms=4,
+        label=None if faint else label,
+    )
+    if rows["run_id"].nunique() > 1:
+        ax.fill_between(table["x"], table["min"], table["max"], color=look.color, alpha=0.15, lw=0)
+
+
+def _finish(ax: Axes, source: str | None) -> None:
+    if len(ax.get_legend_handles_labels()[0]) > 1:
+        ax.legend()
+    if source:
+        caption(ax.figure, source)  # type: ignore[arg-type]
+
+
+def loss_curves(
+    metrics: pd.DataFrame,
+    x: str = "tokens",
+    name: str = "loss",
+    split: str | None = "validation",
+    by: str = "model",
+    source: str | None = None,
+) -> Figure:
+    """A metric over the course of training.
+
+    Args:
+        metrics: frame of ``records.read_metrics``.
+        x: "tokens", "step", "seconds" or "flops".
+        name: "loss", "perplexity", "accuracy" or another metric of the records.
+        split: which split; ``None`` draws the training split faintly behind the others.
+        by: column that tells series apart: "model", "chunk_size", ...
+        source: caption, see ``records.source_line``.
+
+    Raises:
+        ScanLMError: the records have no such column, metric or split.
+    """
+    rows = _rows(metrics, name, (x,), split)
+    for axis in ("position", "length"):
+        if axis in rows and rows[axis].isna().any():
+            rows = rows[rows[axis].isna()]
+    with style():
+        figure = new_figure(7.4, 4.2)
+        ax = figure.subplots()
+        for label, look, part in _series(rows, by):
+            others = [s for s in part["split"].dropna().unique() if s != "train"]
+            for part_split, lines in part.groupby("split", dropna=False):
+                faint = part_split == "train" and bool(others)
+                several = len(others) > 1 and not faint
+                _draw(ax, lines, x, look, f"{label}, {part_split}" if several else label, faint)
+        ax.set(xlabel=X_LABELS.get(x, x), ylabel=NAME_LABELS.get(name, name))
+        if x in ("tokens", "flops", "step"):
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        title = {"train": "Training", "validation": "Validation", "test": "Test"}
+        ax.set_title(f"{title.get(split or '', split or 'Training and validation')} {name}")
+        _finish(ax, source)
+    return figure
+
+
+def loss_by_position(
+    metrics: pd.DataFrame,
+    chunk_size: int | None = None,
+    name: str = "loss",
+    split: str | None = "validation",
+    by: str = "model",
+    window: int = 1,
+    source: str | None = None,
+) -> Figure:
+    """A metric by position in the sequence, at each run's last step.
+
+    Args:
+        metrics: frame of ``records.read_metrics``.
+        chunk_size: draw chunk borders at its multiples, in tokens.
+        name: "loss" or "perplexity".
+        split: which split; ``None`` for records without splits.
+        by: column that tells series apart.
+        window: positions in the running mean drawn over the raw values (1: only the raw values).
+        source: caption.
+
+    Raises:
+        ScanLMError: the records have no values by position.
+    """
+    rows = _last(_rows(metrics, name, ("position",), split))
+    with style():
+        figure = new_figure(9.6, 3.9)
+        ax = figure.subplots()
+        if chunk_size:
+            for border in np.arange(chunk_size, rows["position"].max() + 1, chunk_size):
+                ax.axvline(border - 0.5, color=FAINT, lw=0.9, zorder=0)
+        for label, look, part in _series(rows, by):
+            table = _spread(part, "position")
+            smooth = table["mean"].rolling(window, center=True, min_periods=1).mean()
+            if window > 1:
+                ax.plot(table["x"], table["mean"], color=look.color, lw=0.6, alpha=0.35)
+            ax.plot(table["x"], smooth, color=look.color, ls=look.linestyle, lw=1.5, label=label)
+            if part["run_id"].nunique() > 1:
+                ax.fill_between(
+                    table["x"], table["min"], table["max"], color=look.color, alpha=0.15, lw=0
+                )
+        ax.set(xlabel="position in the sequence", ylabel=NAME_LABELS.get(name, name))
+        ax.set_xlim(-0.5, rows["position"].max() + 0.5)
+        ax.set_title(f"{name.capitalize()} by position")
+        _finish(ax, source)
+    return figure
+
+
+def chunk_size_comparison(
+    metrics: pd.DataFrame,
+    name: str = "loss",
+    split: str | None = "validation",
+    by: str = "model",
+    source: str | None = None,
+) -> Figure:
+    """Final value of a metric by chunk size, and beside it the speed if the records have it.
+
+    Args:
+        metrics: frame of ``records.read_metrics`` with a column ``chunk_size``.
+        name: "loss" or "perplexity".
+        split: which split.
+        by: column that tells series apart.
+        source: caption.
+
+    Raises:
+        ScanLMError: the records have no chunk sizes or no such metric.
+    """
+    rows = _rows(metrics, name, ("chunk_size",), split)
+    for axis in ("position", "length"):
+        if axis in rows:
+            rows = rows[rows[axis].isna()]
+    speed = metrics[metrics["name"] == "tokens_per_second"].dropna(subset=["chunk_size", "value"])
+    panels: list[tuple[pd.DataFrame, str, str]] = [
+        (_last(rows), NAME_LABELS.get(name, name), f"Final {split or ''} {name}")
+    ]
+    if not speed.empty:
+        runs = _medians(speed, [by, "chunk_size"])
+        panels.append((runs, "tokens per second", "Training speed"))
+    with style():
+        figure = new_figure(4.8 * len(panels) + 0.4, 3.9)
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for ax, (values, ylabel, title) in zip(axes, panels, strict=True):
+            for label, look, part in _series(values, by):
+                table = _spread(part, "chunk_size")
+                ax.plot(part["chunk_size"], part["value"], ".", color=look.color, alpha=0.4)
+                ax.plot(
+                    table["x"],
+                    table["mean"],
+                    color=look.color,
+                    ls=look.linestyle,
+                    marker=look.marker,
+                    ms=6,
+                    label=label,
+                )
+            sizes = sorted(values["chunk_size"].unique())
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(sizes, [f"{size:g}" for size in sizes])
+            ax.minorticks_off()
+            ax.set(xlabel="chunk size (tokens)", ylabel=ylabel, title=" ".join(title.split()))
+        if len(panels) > 1:
+            axes[1].set_ylim(bottom=0)
+            axes[1].yaxis.set_major_formatter(EngFormatter(sep=""))
+        _finish(axes[0], source)
+    return figure
+
+
+def throughput(
+    metrics: pd.DataFrame,
+    x: str | None = None,
+    by: str = "model",
+    name: str = "tokens_per_second",
+    source: str | None = None,
+) -> Figure:
+    """Tokens per second: bars by model, or lines over an axis of the records.
+
+    A run that recorded many values (one every few steps) counts with their median.
+
+    Args:
+        metrics: frame of ``records.read_metrics``.
+        x: "length", "chunk_size", "batch_size", ... for lines; ``None`` for bars.
+        by: column that tells series apart.
+        name: metric to draw.
+        source: caption.
+
+    Raises:
+        ScanLMError: the records have no such metric or axis.
+    """
+    rows = _rows(metrics, name, (x,) if x else (), None)
+    values = _medians(rows, [by, *([x] if x else [])])
+    with style():
+        if x:
+            figure = new_figure(7.4, 4.2)
+            ax = figure.subplots()
+            for label, look, part in _series(values, by):
+                _draw(ax, part.assign(step=np.nan), x, look, label, faint=False)
+            ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_formatter(ScalarFormatter())
+            ax.set(xlabel=x.replace("_", " "), ylabel=NAME_LABELS.get(name, name))
+            ax.set_ylim(bottom=0)
+            ax.yaxis.set_major_formatter(EngFormatter(sep=""))
+        else:
+            series = _series(values, by)
+            series.sort(key=lambda item: item[2]["value"].mean())
+            figure = new_figure(7.4, 0.55 * len(series) + 1.3)
+            ax = figure.subplots()
+            for row, (_, look, part) in enumerate(series):
+                mean = part["value"].mean()
+                ax.barh(row, mean, color=look.color, height=0.62)
+                ax.plot(part["value"], [row] * len(part), ".", color=INK, ms=4, alpha=0.6)
+                ax.annotate(
+                    f"{mean:,.0f}",
+                    (part["value"].max(), row),
+                    xytext=(6, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=9,
+                    color=MUTED,
+                )
+            ax.set_yticks(range(len(series)), [label for label, _, _ in series])
+            ax.tick_params(axis="y", length=0)
+            ax.grid(axis="x")
+            ax.grid(False, axis="y")
+            ax.margins(x=0.14)
+            ax.set_xlim(left=0)
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+            ax.set_xlabel(NAME_LABELS.get(name, name))
+        ax.set_title("Speed")
+        _finish(ax, source)
+    return figure

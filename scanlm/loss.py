@@ -4,8 +4,7 @@ A batch of 64 x 512 tokens over 50,257 words has 1.6 billion logits: 6.6 GB in f
 again for their gradient. ``linear_cross_entropy`` walks over the tokens in slices: a slice's logits
 are made, turned into its loss *and* its gradients, and dropped. So the backward pass has nothing
 left to compute. The products are padded to a vocabulary that suits tensor cores (a width of 50,257
-runs several times slower than 50,304); the extra columns are cut off before the softmax, so no
-result changes.
+runs several times slower than 50,304); the extra columns are minus infinity, so no result changes.
 """
 
 from __future__ import annotations
@@ -34,12 +33,16 @@ class _SummedLoss(torch.autograd.Function):
         vocab_size = weight.shape[0]
         exact = torch.promote_types(hidden.dtype, torch.float32)
         padded = pad_vocabulary(weight.to(hidden.dtype))
+        columns = torch.arange(padded.shape[0], device=hidden.device)
+        extra = columns >= vocab_size if padded.shape[0] > vocab_size else None
         training = any(ctx.needs_input_grad[:2])
         total = hidden.new_zeros((), dtype=exact)
         grads_hidden = []
         grad_weight = torch.zeros_like(padded, dtype=exact) if training else None
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = (h @ padded.T)[:, :vocab_size].to(exact)
+            logits = (h @ padded.T).to(exact)
+            if extra is not None:
+                logits = logits.masked_fill(extra, -torch.inf)
             scored = t != IGNORE
             index = t.where(scored, 0).unsqueeze(1)
             log_norm = logits.logsumexp(dim=1, keepdim=True)
@@ -48,9 +51,8 @@ class _SummedLoss(torch.autograd.Function):
             if grad_weight is not None:
                 grad = (logits - log_norm).exp()
                 # an in-place write would break the compiler's fusion of this line with the last
-                grad = grad - (torch.arange(vocab_size, device=t.device) == index).to(exact)
+                grad = grad - (columns == index).to(exact)
                 grad = (grad * scored.unsqueeze(1)).to(h.dtype)
-                grad = F.pad(grad, (0, padded.shape[0] - vocab_size))
                 grads_hidden.append(grad @ padded)
                 grad_weight = grad_weight + (grad.T @ h).to(exact)
         if grad_weight is not None:
@@ -85,7 +87,8 @@ def linear_cross_entropy(
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    rows = rows or max(LOGITS_PER_SLICE // weight.shape[0], 1)
+    if rows is None:  # a power of two: whole tiles, and equal slices of the usual batches
+        rows = 1 << max(LOGITS_PER_SLICE // weight.shape[0], 1).bit_length() - 1
     with torch.autocast(hidden.device.type, enabled=False):
         total = _SummedLoss.apply(hidden, weight, targets, rows)
         if num_items is None:

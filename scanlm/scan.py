@@ -163,6 +163,12 @@ def _schedule(n: int, seeded: bool) -> _Schedule:
     return _Schedule(tuple(calls), tuple(map(tuple, rights)), tuple(order))
 
 
+def num_combines(n: int) -> int:
+    """How many combines the prefixes 1 ... n of n leaves need (n >= 0)."""
+    plan = _schedule(n, False)
+    return sum(len(plan.combines(step)) for step in range(1, len(plan.calls)))
+
+
 def _take(x: Tensor, indices: Sequence[int]) -> Tensor:
     """Entries of dimension 1; a view where they are contiguous, else one gather."""
     first, count = indices[0], len(indices)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from scanlm.errors import ScanLMError
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor, nn
 
 
@@ -66,3 +66,30 @@ def influence(
         hook.remove()
         model.train(training)
     return torch.cat(rows).numpy()
+
+
+def by_chunk(matrix: np.ndarray, chunk_size: int) -> np.ndarray:
+    """Geometric means over the blocks of an influence map, below its diagonal blocks.
+
+    Args:
+        matrix: ``(T, T)`` with T a multiple of ``chunk_size``.
+        chunk_size: tokens per chunk, c.
+
+    Returns:
+        ``(T / c, T / c)``, NaN on and above the diagonal, where a block holds exact zeros.
+
+    Raises:
+        ScanLMError: T is not a multiple of ``chunk_size``.
+    """
+    tokens = len(matrix)
+    if tokens % chunk_size:
+        raise ScanLMError(
+            f"the map has {tokens} tokens, which is not a multiple of chunk_size={chunk_size}: "
+            "compute it for whole chunks"
+        )
+    n = tokens // chunk_size
+    blocks = matrix.reshape(n, chunk_size, n, chunk_size)
+    below = np.tril(np.ones((n, n), dtype=bool), -1)
+    means = np.full((n, n), np.nan)
+    means[below] = np.exp(np.log(blocks.transpose(0, 2, 1, 3)[below]).mean((1, 2)))
+    return means

@@ -195,11 +195,14 @@ def bracketing_gaps(
         One row a length and tree: ``n``, ``operator``, ``tree`` and ``gap``, the norm of the
         difference over the norm of the scan's result.
     """
+    from scanlm.scan import sequential_scan
+
     rows = []
+    chunks = list(leaves.split(1))
+    prefixes: list[Any] = sequential_scan(combine, [*chunks, chunks[0]])
     for n in lengths:
-        xs = list(leaves[:n].split(1))
-        reference = scan_fold(combine, xs)
+        reference = prefixes[n]
         for name, fold in FOLDS.items():
-            gap = (fold(combine, xs) - reference).norm() / reference.norm()
+            gap = (fold(combine, chunks[:n]) - reference).norm() / reference.norm()
             rows.append({"n": n, "operator": operator, "tree": name, "gap": float(gap)})
     return rows

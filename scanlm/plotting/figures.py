@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -81,19 +82,72 @@ def _speed(records: Records) -> Figure:
     return training.throughput(metrics, source=caption)
 
 
+def _small_models() -> tuple[Any, Any, Any]:
+    """A small TransformerScanModel, a GPT-2 of its width, both untrained, and random tokens."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from scanlm.model import ScanLMConfig, ScanLMForCausalLM
+
+    shape: dict[str, Any] = {"vocab_size": 256, "n_positions": 4096, "n_embd": 64, "n_head": 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = ScanLMForCausalLM(ScanLMConfig(**shape, chunk_size=8, t1_layers=1, t2_layers=2))
+        gpt2 = GPT2LMHeadModel(GPT2Config(**shape, n_layer=2, bos_token_id=None, eos_token_id=None))
+        return model.eval().requires_grad_(False), gpt2, torch.randint(256, (1, 256))
+
+
+def _bracketing_gaps(_: Records) -> Figure:
+    import torch
+
+    model, _gpt2, tokens = _small_models()
+    leaves = model.embed(tokens)[0].unflatten(0, (-1, model.config.chunk_size))
+    matrices = torch.randn(len(leaves), 8, 8, generator=torch.Generator().manual_seed(0)) / 8**0.5
+    lengths = range(3, len(leaves) + 1)
+    rows = trees.bracketing_gaps(torch.add, leaves, lengths, "addition")
+    rows += trees.bracketing_gaps(torch.matmul, matrices, lengths, "matrix product")
+    rows += trees.bracketing_gaps(model.aggregate, leaves, lengths, "T1")
+    return scan.bracketing_gaps(pd.DataFrame(rows))
+
+
+def _influence(_: Records) -> Figure:
+    from scanlm.influence import influence
+
+    model, gpt2, tokens = _small_models()
+    maps = {
+        "TransformerScanModel": influence(model, tokens[:, :64]),
+        "GPT-2": influence(gpt2, tokens[:, :64]),
+    }
+    return scan.influence_map(maps, model.config.chunk_size)
+
+
 FIGURES: dict[str, Callable[[Records], Figure]] = {
+    "architecture": lambda _: architecture(),
     "scan_tree": lambda _: scan.tree(trees.scan_trace(8)),
+    "scan_steps": lambda _: scan.tree_steps(trees.scan_trace(8)),
     "binary_counter": lambda _: scan.counter(trees.counter_trace(8)),
     "work_and_depth": lambda _: scan.work_and_depth(
         pd.DataFrame(trees.scan_costs([*range(1, 64), *range(64, 1025, 16)]))
     ),
-    "architecture": lambda _: architecture(),
+    "bracketing_gaps": _bracketing_gaps,
+    "influence": _influence,
     "loss_embedded": _loss("embedded"),
     "loss_wikitext103": _loss("wikitext103"),
     "loss_enwiki2019": _loss("enwiki2019"),
     "chunk_sizes": _chunk_sizes,
     "training_speed": _speed,
 }
+
+
+def find_results(results: str | Path = "data/results") -> Path:
+    """A relative folder of records, looked for here and in the folders above.
+
+    So a notebook finds the repository's records from its own folder. If there is none, the path
+    is returned as it is.
+    """
+    here = Path.cwd()
+    found = (folder / results for folder in (here, *here.parents))
+    return next((folder for folder in found if folder.is_dir()), Path(results))
 
 
 def make_figures(

@@ -179,7 +179,7 @@ def draw_network(
 
     for r in range(top + 1):
         shown = step is None or r <= step
-        if r % 2 == 1 and shown:
+        if r % 2 == 1 and row_names:
             ax.fill_between([left, right], (r - 0.5) * row, (r + 0.5) * row, color=BAND, lw=0)
         if row_names:
             made = sum(1 for node in trace if rows[node.out] == r)
@@ -622,29 +622,22 @@ def bracketing_gaps(gaps: pd.DataFrame) -> Figure:
 # Influence
 
 
-def influence_map(
-    influence: np.ndarray | Mapping[str, np.ndarray],
-    chunk_size: int,
-    counts: Mapping[str, np.ndarray] | None = None,
-) -> Figure:
+def influence_map(influence: np.ndarray | Mapping[str, np.ndarray], chunk_size: int) -> Figure:
     """Heat maps of which tokens a position's prediction depends on, chunk borders drawn.
 
     Args:
         influence: ``(T, T)`` gradient norms as ``scanlm.influence.influence`` returns them, or
             several by title. Rows are predictions, columns are tokens read; zeros stay white.
         chunk_size: distance of the borders, in tokens.
-        counts: ``(chunks, chunks)`` tables by title, drawn beside the maps
-            (``scanlm.trees.path_lengths``).
     """
     maps = dict(influence) if isinstance(influence, Mapping) else {"Influence": influence}
-    counts = counts or {}
     positive = np.concatenate([m[m > 0].ravel() for m in maps.values()])
     low = float(np.quantile(positive, 0.01))
     norm = LogNorm(low, positive.max())
     with style():
-        figure = new_figure(4.3 * (len(maps) + len(counts)) + 0.6, 4.5)
-        axes = figure.subplots(1, len(maps) + len(counts), squeeze=False)[0]
-        for ax, (title, matrix) in zip(axes, maps.items(), strict=False):
+        figure = new_figure(4.6 * len(maps) + 0.9, 4.7)
+        axes = figure.subplots(1, len(maps), squeeze=False)[0]
+        for ax, (title, matrix) in zip(axes, maps.items(), strict=True):
             shown = np.ma.masked_where(matrix == 0, np.maximum(matrix, low))
             image = ax.imshow(shown, norm=norm, cmap="viridis_r", interpolation="nearest")
             for border in range(chunk_size, len(matrix), chunk_size):
@@ -655,9 +648,22 @@ def influence_map(
             ax.set_yticks(ticks)
             ax.set(title=title, xlabel="token read", ylabel="position that predicts")
             ax.grid(False)
-        bar = figure.colorbar(image, ax=axes[: len(maps)], shrink=0.8, pad=0.02)
+        bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
         bar.set_label("gradient norm")
-        for ax, (title, table) in zip(axes[len(maps) :], counts.items(), strict=True):
+    return figure
+
+
+def path_tables(tables: Mapping[str, np.ndarray]) -> Figure:
+    """Tables of small whole numbers by pair of chunks, side by side.
+
+    Args:
+        tables: title -> ``(chunks, chunks)``, NaN on and above the diagonal
+            (``scanlm.trees.path_lengths``).
+    """
+    with style():
+        figure = new_figure(4.6 * len(tables), 4.5)
+        axes = figure.subplots(1, len(tables), squeeze=False)[0]
+        for ax, (title, table) in zip(axes, tables.items(), strict=True):
             _draw_counts(ax, title, table)
     return figure
 

@@ -50,6 +50,7 @@ class ScanLMForCausalLM(PreTrainedModel, GenerationMixin):
         >>> model.generate(input_ids, max_new_tokens=100)
     """
 
+    config: ScanLMConfig
     config_class = ScanLMConfig
     base_model_prefix = ""
     main_input_name = "input_ids"

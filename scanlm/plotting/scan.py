@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from scanlm.scan import Combine, Span
 
 LEAF, BAND = "#E9ECF0", "#F7F8FA"
+RING = 0.032  # distance of an outline from its box, in inches
 
 
 def _math(text: str) -> str:
@@ -71,22 +72,36 @@ def _box(
     lines: Sequence[str],
     face: str,
     *,
-    edge: str = "none",
+    outlined: bool = False,
     fontsize: float = 8.5,
     pill: bool = False,
     ink: str | None = None,
 ) -> None:
-    """A rounded box with one or two lines of text; the lower line shrinks to fit."""
+    """A rounded box with one or two lines of text, which shrink to fit; a ring around a result."""
     w, h = size
+    x, y = center
+    roundness = 0.42 if pill else 0.14
+    ring = FancyBboxPatch(
+        (x - w / 2 - RING, y - h / 2 - RING),
+        w + 2 * RING,
+        h + 2 * RING,
+        boxstyle=f"round,pad=0,rounding_size={h * roundness + RING}",
+        facecolor=PAPER,
+        edgecolor=INK,
+        linewidth=1.3,
+        zorder=2.8,
+    )
+    if outlined:
+        ring.set_gid("ring")
+        ax.add_patch(ring)
     ax.add_patch(
         FancyBboxPatch(
-            (center[0] - w / 2, center[1] - h / 2),
+            (x - w / 2, y - h / 2),
             w,
             h,
-            boxstyle=f"round,pad=0,rounding_size={h * (0.42 if pill else 0.14)}",
+            boxstyle=f"round,pad=0,rounding_size={h * roundness}",
             facecolor=face,
-            edgecolor=edge,
-            linewidth=1.8,
+            edgecolor="none",
             zorder=3,
         )
     )
@@ -170,8 +185,9 @@ def draw_network(
     rows = _rows(trace) if rows is None else rows
     leaves = max(node.out[1] for node in trace)
     top = max(rows.values())
-    palette = sequence_colors(top + 1)
-    width, height = 0.9 * column, (0.52 if labels == "formula" else 0.44) * row
+    palette = [MUTED, *sequence_colors(top)]
+    formulas = labels == "formula"
+    width, height = (0.9 if formulas else 0.84) * column, (0.52 if formulas else 0.44) * row
     left, right = -0.6 * column, (leaves - 0.4) * column
 
     def place(span: Span) -> tuple[float, float]:
@@ -191,7 +207,7 @@ def draw_network(
                 ha="right",
                 va="center",
                 fontsize=fontsize + 1,
-                color=(palette[r] if r else MUTED) if shown else FAINT,
+                color=palette[r] if shown else FAINT,
                 fontweight="bold",
             )
             if r:
@@ -213,7 +229,7 @@ def draw_network(
             (min(0.5 * column, 1.4 * height), height),
             [_math(f"x{j}")],
             LEAF,
-            edge=INK if j == 0 else "none",
+            outlined=j == 0,
             fontsize=fontsize + 2,
         )
     for node in trace:
@@ -238,13 +254,13 @@ def draw_network(
             (width, height),
             _node_lines(trace, node.out, labels),
             color if strong else "#E4E7EB",
-            edge=INK if node.out[0] == 0 and strong else "none",
+            outlined=node.out[0] == 0 and strong,
             fontsize=fontsize,
             pill=not is_perfect(node.out),
             ink=None if strong else MUTED,
         )
     ax.set_xlim(left - (0.85 if row_names else 0), right)
-    ax.set_ylim(-0.5 * row, (top + 0.5) * row)
+    ax.set_ylim(-0.45 * row, (top + 0.45) * row)
     ax.set_aspect("equal")
     ax.axis("off")
 
@@ -278,14 +294,18 @@ def tree(trace: Sequence[Combine], step: int | None = None, title: str | None = 
     column = 1.5 if leaves <= 8 else max(0.5, 10.5 / (leaves + 1))
     row = 0.98 if labels == "formula" else 0.72
     with style():
-        figure = new_figure(leaves * column + 1.2, (top + 1) * row + 0.5)
-        ax = figure.subplots()
+        # axes of exactly as many inches as data units: letters fit the boxes they were measured for
+        left, low, high = -0.6 * column - 0.9, 0.85, 0.5
+        width = max((leaves - 0.4) * column - left, 8.4)  # the note needs as much
+        height = (top + 0.5) * row + low + (high if title else 0.0)
+        figure = Figure(figsize=(width, height))
+        ax = figure.add_axes((0, 0, 1, 1))
         draw_network(ax, trace, step=step, labels=labels, column=column, row=row)
+        ax.set_xlim(left, left + width)
+        ax.set_ylim(-low, height - low)
+        ax.text(left + width / 2, 0.1 - low, NOTE, ha="center", fontsize=8, color=MUTED)
         if title:
-            ax.set_title(title)
-        ax.text(
-            0.5, -0.02, NOTE, transform=ax.transAxes, ha="center", va="top", fontsize=8, color=MUTED
-        )
+            ax.text(left, height - low, title, va="top", fontsize=11.5, fontweight="bold")
     return figure
 
 
@@ -300,7 +320,7 @@ def tree_steps(trace: Sequence[Combine], columns: int = 2) -> Figure:
     top, leaves = max(rows.values()), max(node.out[1] for node in trace)
     panels = -(-top // columns)
     column, row = 5.6 / leaves, 0.6
-    palette = sequence_colors(top + 1)
+    palette = [MUTED, *sequence_colors(top)]
     with style():
         figure = new_figure(5.9 * columns, panels * (row * (top + 1) + 0.35))
         axes = figure.subplots(panels, columns, squeeze=False).ravel()
@@ -600,12 +620,15 @@ def bracketing_gaps(gaps: pd.DataFrame) -> Figure:
         axes = figure.subplots(1, len(operators), sharey=True, squeeze=False)[0]
         for ax, operator in zip(axes, operators, strict=True):
             ax.axhline(zero, color=FAINT, lw=1)
-            for name, line in gaps[gaps["operator"] == operator].groupby("tree", sort=False):
-                color = TREE_COLORS.get(str(name), INK)
+            trees_ = gaps[gaps["operator"] == operator].groupby("tree", sort=False)
+            for k, (name, line) in enumerate(trees_):
+                color, marker = TREE_COLORS.get(str(name), INK), "oDv^"[k % 4]
                 shown = line[line["gap"] > 0]
                 same = line[line["gap"] == 0]
-                ax.plot(shown["n"], shown["gap"], "o", color=color, ms=5, label=name)
-                ax.plot(same["n"], zero + 0 * same["n"], "o", mfc="none", mec=color, ms=6)
+                aside = 0.22 * (k - 1)  # so that equal gaps do not hide each other
+                ax.plot(shown["n"] + aside, shown["gap"], marker, color=color, ms=4, label=name)
+                on_line = np.full(len(same), zero)
+                ax.plot(same["n"] + aside, on_line, marker, mfc="none", mec=color, ms=5)
             ax.set_yscale("log")
             ax.set(title=operator, xlabel="chunks in the prefix")
             ticks = [t for t in (1e-12, 1e-9, 1e-6, 1e-3, 1.0) if t > 3 * zero]

@@ -8,6 +8,7 @@ series that differ in the seed only become a mean line in a band from the least 
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -82,7 +83,7 @@ def _last(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _medians(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """One row a run and combination of ``keys``: the median of its values."""
-    return rows.groupby(["run_id", *keys])["value"].median().reset_index()
+    return rows.groupby(["run_id", *keys], sort=False)["value"].median().reset_index()
 
 
 def _series(rows: pd.DataFrame, by: str) -> list[tuple[str, FamilyStyle, pd.DataFrame]]:
@@ -95,7 +96,7 @@ def _series(rows: pd.DataFrame, by: str) -> list[tuple[str, FamilyStyle, pd.Data
         return [(styles[k].label, styles[k], rows[rows[by] == k]) for k in keys]
     keys = sorted(keys)
     word = by.replace("_size", "").replace("_", " ")
-    named = [f"{word} {k:g}" if isinstance(k, (int, float)) else f"{k}" for k in keys]
+    named = [f"{word} {k:g}" if isinstance(k, Real) else f"{k}" for k in keys]
     looks = [FamilyStyle(n, c, "o") for n, c in zip(named, sequence_colors(len(keys)), strict=True)]
     return [(s.label, s, rows[rows[by] == k]) for k, s in zip(keys, looks, strict=True)]
 
@@ -158,6 +159,8 @@ def loss_curves(
     for axis in ("position", "length"):
         if axis in rows and rows[axis].isna().any():
             rows = rows[rows[axis].isna()]
+    if "split" not in rows:
+        rows = rows.assign(split=None)
     with style():
         figure = new_figure(7.4, 4.2)
         ax = figure.subplots()
@@ -208,7 +211,13 @@ def loss_by_position(
                 ax.axvline(border - 0.5, color=FAINT, lw=0.9, zorder=0)
         for label, look, part in _series(rows, by):
             table = _spread(part, "position")
-            smooth = table["mean"].rolling(window, center=True, min_periods=1).mean()
+            # a running mean over a border would show its effect before it
+            chunks = table["x"] // (chunk_size or len(table))
+            smooth = (
+                table["mean"]
+                .groupby(chunks)
+                .transform(lambda mean: mean.rolling(window, center=True, min_periods=1).mean())
+            )
             if window > 1:
                 ax.plot(table["x"], table["mean"], color=look.color, lw=0.6, alpha=0.35)
             ax.plot(table["x"], smooth, color=look.color, ls=look.linestyle, lw=1.5, label=label)

@@ -1,0 +1,419 @@
+"""Figures, tested by what they hold: boxes, lines, labels and the data in them."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+
+from scanlm import trees
+from scanlm.errors import ScanLMError
+from scanlm.plotting import figures, scan, style, training
+from scanlm.plotting.architecture import WORDS, architecture
+
+
+def boxes(ax: Axes, gid: str | None = None) -> list[FancyBboxPatch]:
+    found = [patch for patch in ax.patches if isinstance(patch, FancyBboxPatch)]
+    return [patch for patch in found if patch.get_gid() == gid]
+
+
+def texts(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
+# Style
+
+
+def test_every_family_has_its_own_color() -> None:
+    colors = [look.color for look in style.FAMILIES.values()]
+    assert len(set(colors)) == len(colors) == 6
+
+
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [
+        ("scanlm_tiny", "scanlm"),
+        ("gpt2", "gpt2"),
+        ("gpt2_window_512", "gpt2_window"),
+        ("gpt2-medium", "gpt2"),
+        ("gla_170m", "gla"),
+        ("glacier", None),
+    ],
+)
+def test_family_of_a_model_id(model: str, family: str | None) -> None:
+    assert style.family_of(model) == family
+
+
+def test_models_of_one_family_share_the_color_and_differ_in_line_style() -> None:
+    looks = style.model_styles(["scanlm_tiny", "scanlm_base", "gpt2", "mine", "other"])
+    assert looks["scanlm_tiny"].color == looks["scanlm_base"].color
+    assert looks["scanlm_tiny"].linestyle != looks["scanlm_base"].linestyle
+    assert looks["gpt2"].label == "GPT-2"
+    assert len({looks[m].color for m in looks}) == 4
+
+
+@pytest.mark.parametrize("color", [*style.sequence_colors(9), "#FFFFFF", "#000000"])
+def test_text_is_readable_on_every_color(color: str) -> None:
+    def luminance(name: str) -> float:
+        rgb = np.array(to_rgb(name))
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    light, dark = sorted([luminance(color), luminance(style.text_on(color))], reverse=True)
+    assert (light + 0.05) / (dark + 0.05) >= 3.0  # WCAG's contrast for large or bold text
+
+
+def test_style_is_left_behind() -> None:
+    import matplotlib as mpl
+
+    before = mpl.rcParams["axes.titleweight"]
+    with style.style():
+        assert mpl.rcParams["axes.titleweight"] == "bold"
+    assert mpl.rcParams["axes.titleweight"] == before
+
+
+# The tree
+
+
+def test_tree_draws_every_chunk_and_node_with_its_formula() -> None:
+    trace = trees.scan_trace(8)
+    (ax,) = scan.tree(trace).axes
+    assert len(boxes(ax)) == 7 + len(trace)
+    assert len(boxes(ax, "ring")) == 7  # prefix(1) ... prefix(7)
+    written = texts(ax)
+    assert "$((x_{0}x_{1})(x_{2}x_{3}))$" in written
+    assert "prefix(6)" in written
+    assert "tree(4, 6)" in written
+    assert [t for t in written if t.startswith("call")] == ["call 1", "call 2", "call 3", "call 4"]
+
+
+@pytest.mark.parametrize(("step", "nodes"), [(0, 0), (1, 3), (2, 5), (4, 8)])
+def test_later_steps_are_not_drawn(step: int, nodes: int) -> None:
+    (ax,) = scan.tree(trees.scan_trace(8), step=step).axes
+    assert len(boxes(ax)) == 7 + nodes
+
+
+@pytest.mark.parametrize("n", [3, 8, 13, 16, 33])
+def test_no_two_nodes_collide(n: int) -> None:
+    (ax,) = scan.tree(trees.scan_trace(n)).axes
+    areas = [
+        (b.get_x(), b.get_x() + b.get_width(), b.get_y(), b.get_y() + b.get_height())
+        for b in boxes(ax) + boxes(ax, "ring")
+    ]
+    for i, (a0, a1, a2, a3) in enumerate(areas):
+        for b0, b1, b2, b3 in areas[:i]:
+            apart = a1 <= b0 or b1 <= a0 or a3 <= b2 or b3 <= a2
+            around = (a0 < b0 and b1 < a1) or (b0 < a0 and a1 < b1)  # a ring and its box
+            assert apart or around
+
+
+def test_formulas_fit_their_boxes() -> None:
+    figure = scan.tree(trees.scan_trace(8))
+    figure.canvas.draw()
+    (ax,) = figure.axes
+    for box in boxes(ax):
+        area = box.get_window_extent()
+        inside = [t for t in ax.texts if area.contains(*ax.transData.transform(t.get_position()))]
+        for text in inside:
+            extent = text.get_window_extent()
+            assert extent.x0 >= area.x0
+            assert extent.x1 <= area.x1
+
+
+def test_long_trees_show_spans() -> None:
+    (ax,) = scan.tree(trees.scan_trace(17)).axes
+    assert "0–15" in texts(ax)
+    assert not any("(" in text for text in texts(ax)[:-1])
+
+
+def test_tree_steps_has_a_panel_a_call() -> None:
+    figure = scan.tree_steps(trees.scan_trace(8))
+    shown = [ax for ax in figure.axes if ax.patches]
+    assert len(shown) == 4
+    assert [len(boxes(ax)) for ax in shown] == [7 + 3, 7 + 5, 7 + 7, 7 + 8]
+    assert "Call 3" in texts(shown[2])
+    assert any("(((x_{0}x_{1})(x_{2}x_{3}))(x_{4}x_{5}))" in text for text in texts(shown[2]))
+
+
+@pytest.mark.parametrize("step", [-1, 5])
+def test_a_step_that_the_trace_does_not_have(step: int) -> None:
+    with pytest.raises(ScanLMError, match="step must be between 0 and 4"):
+        scan.tree(trees.scan_trace(8), step=step)
+
+
+@pytest.mark.parametrize("draw", [scan.tree, scan.tree_steps, scan.counter, scan.push_cost])
+def test_an_empty_trace_is_refused(draw) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ScanLMError, match="trace is empty"):
+        draw([])
+
+
+def test_counter_has_a_panel_a_push_and_the_tree() -> None:
+    figure = scan.counter(trees.counter_trace(6))
+    titled = {ax.get_title(loc="left"): ax for ax in figure.axes}
+    assert [t for t in titled if "=" in t] == [f"{k} = ${k:03b}_2$" for k in range(1, 7)]
+    six = titled["6 = $110_2$"]
+    assert six.get_xlabel() == "$(((x_{0}x_{1})(x_{2}x_{3}))(x_{4}x_{5}))$"
+    assert texts(six) == ["+2 combines"]
+    (below,) = [ax for title, ax in titled.items() if "same nodes" in title]
+    assert len(boxes(below)) == 6 + len(trees.counter_trace(6))
+
+
+def test_counter_refuses_what_it_cannot_draw() -> None:
+    with pytest.raises(ScanLMError, match="at most 8 pushes"):
+        scan.counter(trees.counter_trace(9))
+
+
+def test_push_cost_bars_are_combines_and_the_mean_stays_below_two() -> None:
+    (ax,) = scan.push_cost(trees.counter_trace(16)).axes
+    heights = [patch.get_height() for patch in ax.patches if isinstance(patch, Rectangle)]
+    assert heights == [0, 1, 1, 2, 1, 2, 1, 3, 1, 2, 1, 3, 1, 2, 1, 4]
+    mean = next(line for line in ax.lines if line.get_label() == "mean so far")
+    assert mean.get_ydata()[-1] == sum(heights) / 16
+
+
+def test_work_and_depth_draws_the_counts_and_their_bounds() -> None:
+    costs = pd.DataFrame(trees.scan_costs(range(1, 20)))
+    work, depth = scan.work_and_depth(costs).axes
+    lines = {line.get_label(): line for line in work.lines}
+    n = lines["parallel scan"].get_xdata()
+    assert list(n) == list(range(3, 20))
+    expected = costs[(costs["scan"] == "parallel scan") & (costs["n"] > 2)]
+    assert list(lines["parallel scan"].get_ydata()) == expected["combines"].tolist()
+    assert list(lines["bound $2(n-1)$"].get_ydata()) == [2 * (k - 1) for k in n]
+    rounds = {line.get_label(): line.get_ydata() for line in depth.lines}
+    assert list(rounds["parallel scan"]) == expected["rounds"].tolist()
+    assert len(rounds) == 4
+
+
+def test_bracketings_name_depth_and_formula() -> None:
+    figure = scan.bracketings({"left fold": trees.fold_trace(trees.left_fold, 4)})
+    (ax,) = figure.axes
+    assert ax.get_title() == "left fold: depth 3"
+    assert "$(((x_{0}x_{1})x_{2})x_{3})$" in texts(ax)
+    assert len(ax.lines) == 3
+
+
+def test_equal_results_are_drawn_hollow_on_their_own_line() -> None:
+    rows = [
+        {"n": n, "operator": "T1", "tree": tree, "gap": gap}
+        for n, tree, gap in [(3, "left fold", 0.0), (4, "left fold", 1e-2), (4, "balanced", 0.0)]
+    ]
+    (ax,) = scan.bracketing_gaps(pd.DataFrame(rows)).axes
+    hollow = [line for line in ax.lines if line.get_markerfacecolor() == "none"]
+    assert sum(len(line.get_xdata()) for line in hollow) == 2
+    assert "equal" in [label.get_text() for label in ax.get_yticklabels()]
+
+
+def test_influence_map_masks_zeros_and_draws_chunk_borders() -> None:
+    matrix = np.tril(np.full((6, 6), 1e-3)) + np.eye(6)
+    figure = scan.influence_map({"a": matrix, "b": matrix}, chunk_size=2)
+    ax = figure.axes[0]
+    assert ax.get_title(loc="left") == "a"
+    shown = ax.images[0].get_array()
+    np.testing.assert_array_equal(np.ma.getmaskarray(shown), matrix == 0)
+    borders = sorted({line.get_xdata()[0] for line in ax.lines if len(set(line.get_xdata())) == 1})
+    assert borders == [1.5, 3.5]
+
+
+def test_path_tables_write_each_number() -> None:
+    calls, _ = trees.path_lengths(trees.scan_trace(4), 4)
+    (ax,) = scan.path_tables({"T1 calls in between": calls}).axes
+    assert [t for t in texts(ax) if t != "T2"] == ["0", "1", "1", "2", "2", "1"]
+
+
+def test_architecture_has_a_t1_box_a_node_and_a_prefix_a_chunk() -> None:
+    (ax,) = architecture().axes
+    written = texts(ax)
+    assert sum(text.startswith("T1\n") for text in written) == len(trees.scan_trace(len(WORDS)))
+    assert [text for text in written if text.startswith("prefix(")] == [
+        f"prefix({i})" for i in range(1, len(WORDS))
+    ]
+    # each prediction is the next token
+    flat = [word for words in WORDS for word in words]
+    assert [text for text in written if text in {*flat, "…"}].count("…") == 1
+
+
+# Curves from records
+
+
+@pytest.fixture
+def metrics() -> pd.DataFrame:
+    """Two models, two seeds each: loss 4, 3, 2 (+ 0.5 a seed, + 1 for the second model)."""
+    rows = []
+    for m, model in enumerate(("scanlm", "gpt2")):
+        for seed in (0, 1):
+            run = {"run_id": f"{model}-s{seed}", "experiment": "t", "model": model, "seed": seed}
+            for step in (1, 2, 3):
+                at = run | {"step": step, "tokens": 100 * step, "seconds": (1.0 + seed) * step}
+                value = 5 - step + 0.5 * seed + m
+                rows.append(at | {"split": "validation", "name": "loss", "value": value})
+                rows.append(at | {"split": "train", "name": "loss", "value": value - 0.1})
+                speed = 1000.0 * (m + 1) + (9000 if step == 1 else 0)  # the first is an outlier
+                rows.append(at | {"name": "tokens_per_second", "value": speed})
+            for position in range(6):
+                at = run | {"step": 3, "split": "validation", "position": position}
+                rows.append(at | {"name": "loss", "value": 1.0 + position + seed})
+    return pd.DataFrame(rows)
+
+
+def test_loss_curve_is_the_mean_over_seeds_in_a_band(metrics: pd.DataFrame) -> None:
+    (ax,) = training.loss_curves(metrics).axes
+    lines = {line.get_label(): line for line in ax.lines}
+    assert list(lines) == ["scanlm", "GPT-2"]
+    assert list(lines["scanlm"].get_xdata()) == [100, 200, 300]
+    assert list(lines["scanlm"].get_ydata()) == [4.25, 3.25, 2.25]
+    assert lines["scanlm"].get_color() == style.FAMILIES["scanlm"].color
+    band = ax.collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == 2.0
+    assert band[:, 1].max() == 4.5
+    assert ax.get_xlabel() == "tokens trained on"
+
+
+def test_a_single_run_has_no_band(metrics: pd.DataFrame) -> None:
+    (ax,) = training.loss_curves(metrics[metrics["seed"] == 0]).axes
+    assert not ax.collections
+
+
+def test_training_split_is_faint_behind_the_others(metrics: pd.DataFrame) -> None:
+    (ax,) = training.loss_curves(metrics, split=None).axes
+    assert sorted(line.get_alpha() for line in ax.lines) == [0.45, 0.45, 1.0, 1.0]
+    (alone,) = training.loss_curves(metrics, split="train").axes
+    assert [line.get_alpha() for line in alone.lines] == [1.0, 1.0]
+
+
+def test_seconds_are_averaged_by_step(metrics: pd.DataFrame) -> None:
+    (ax,) = training.loss_curves(metrics, x="seconds").axes
+    assert list(ax.lines[0].get_xdata()) == [1.5, 3.0, 4.5]
+
+
+def test_perplexity_is_made_from_each_runs_loss(metrics: pd.DataFrame) -> None:
+    (ax,) = training.loss_curves(metrics, name="perplexity").axes
+    expected = (np.exp(2.0) + np.exp(2.5)) / 2
+    assert ax.lines[0].get_ydata()[-1] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "los"}, "no metric 'los'; they have: loss, tokens_per_second"),
+        ({"split": "validatoin"}, "Did you mean 'validation'"),
+        ({"x": "token"}, "Did you mean 'tokens'"),
+        ({"by": "modle"}, "Did you mean 'model'"),
+    ],
+)
+def test_unknown_names_are_refused(
+    metrics: pd.DataFrame, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ScanLMError, match=message):
+        training.loss_curves(metrics, **options)  # type: ignore[arg-type]
+
+
+def test_loss_by_position_draws_the_last_step_and_the_borders(metrics: pd.DataFrame) -> None:
+    (ax,) = training.loss_by_position(metrics, chunk_size=2).axes
+    curves = [line for line in ax.lines if len(line.get_xdata()) == 6]
+    assert [line.get_label() for line in curves] == ["scanlm", "GPT-2"]
+    assert list(curves[0].get_ydata()) == [1.5, 2.5, 3.5, 4.5, 5.5, 6.5]
+    borders = [line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 2]
+    assert borders == [1.5, 3.5]
+
+
+def test_smoothing_does_not_cross_chunk_borders(metrics: pd.DataFrame) -> None:
+    one = metrics[(metrics["model"] == "scanlm") & (metrics["seed"] == 0)]
+    (ax,) = training.loss_by_position(one, chunk_size=3, window=3).axes
+    smooth = next(line for line in ax.lines if line.get_label() == "scanlm")
+    assert list(smooth.get_ydata()) == [1.5, 2.0, 2.5, 4.5, 5.0, 5.5]
+
+
+def test_records_without_positions_say_so(metrics: pd.DataFrame) -> None:
+    with pytest.raises(ScanLMError, match="has the axis position"):
+        training.loss_by_position(metrics[metrics["position"].isna()])
+
+
+def test_chunk_sizes_show_final_values_and_median_speed(metrics: pd.DataFrame) -> None:
+    scan_only = metrics[(metrics["model"] == "scanlm") & metrics["position"].isna()]
+    sizes = pd.concat(
+        scan_only.assign(
+            chunk_size=c, run_id=scan_only["run_id"] + f"-{c}", value=scan_only["value"] * c
+        )
+        for c in (32, 64)
+    )
+    quality, speed = training.chunk_size_comparison(sizes).axes
+    line = next(line for line in quality.lines if line.get_label() == "scanlm")
+    assert list(line.get_xdata()) == [32, 64]
+    assert list(line.get_ydata()) == [32 * 2.25, 64 * 2.25]
+    assert [t.get_text() for t in quality.get_xticklabels()] == ["32", "64"]
+    rate = next(line for line in speed.lines if line.get_label() == "scanlm")
+    assert list(rate.get_ydata()) == [32000.0, 64000.0]
+    (curves,) = training.loss_curves(sizes, by="chunk_size").axes
+    assert [line.get_label() for line in curves.lines] == ["chunk 32", "chunk 64"]
+
+
+def test_throughput_bars_are_medians_with_their_numbers(metrics: pd.DataFrame) -> None:
+    (ax,) = training.throughput(metrics, source="from a test").axes
+    widths = [patch.get_width() for patch in ax.patches]
+    assert widths == [1000.0, 2000.0]
+    assert texts(ax) == ["1,000", "2,000"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["scanlm", "GPT-2"]
+    figure = ax.figure
+    assert isinstance(figure, Figure)
+    assert figure.get_supxlabel() == "from a test"
+
+
+def test_throughput_over_an_axis(metrics: pd.DataFrame) -> None:
+    rows = metrics[metrics["name"] == "tokens_per_second"]
+    both = pd.concat([rows.assign(length=512), rows.assign(length=1024, value=rows["value"] / 2)])
+    (ax,) = training.throughput(both, x="length").axes
+    assert list(ax.lines[0].get_xdata()) == [512, 1024]
+    assert list(ax.lines[0].get_ydata()) == [1000.0, 500.0]
+
+
+# Committed pictures
+
+
+def test_figures_without_records_are_skipped_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        written = figures.make_figures(
+            tmp_path / "none", tmp_path / "out", ["scan_tree", "loss_embedded"]
+        )
+    assert written == [tmp_path / "out" / "scan_tree.png"]
+    assert written[0].read_bytes().startswith(b"\x89PNG")
+    assert "figure loss_embedded skipped" in caplog.text
+
+
+def test_a_figure_is_the_same_file_when_made_again(tmp_path: Path) -> None:
+    first = figures.make_figures(out=tmp_path / "a", names=["architecture"])[0].read_bytes()
+    assert figures.make_figures(out=tmp_path / "b", names=["architecture"])[0].read_bytes() == first
+
+
+def test_unknown_figure_names_the_nearest_and_makes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ScanLMError, match="Did you mean 'scan_tree'"):
+        figures.make_figures(out=tmp_path / "out", names=["architecture", "scantree"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_are_found_from_a_folder_below(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data" / "results").mkdir(parents=True)
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert figures.find_results() == tmp_path / "data" / "results"
+    assert figures.find_results("no/such/folder") == Path("no/such/folder")
+
+
+def test_plotting_imports_neither_torch_nor_pyplot() -> None:
+    code = (
+        "import sys, scanlm.plotting.figures; "
+        "print([m for m in ('torch', 'transformers', 'matplotlib.pyplot') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

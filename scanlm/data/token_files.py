@@ -228,7 +228,7 @@ def _is_valid(entry: Path, split: str, identity: dict[str, Any]) -> bool:
 def _split(entry: Path, split: str) -> TokenSplit:
     side = read_json(entry / f"{split}.json")
     path = entry / f"{split}.bin"
-    tokens = np.memmap(path, dtype=side["dtype"], mode="r")
+    tokens = np.memmap(path, dtype=np.dtype(side["dtype"]).newbyteorder("<"), mode="r")
     return TokenSplit(
         tokens=tokens,
         num_tokens=int(side["num_tokens"]),

@@ -42,8 +42,8 @@ def write_tokens(
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     encoder.no_truncation()
     encoder.no_padding()
-    ids = tokenizer.get_vocab().values()
-    dtype = np.dtype(np.uint16 if max(ids) < 1 << 16 else np.uint32)
+    largest = max(tokenizer.get_vocab().values())
+    dtype = np.dtype("<u2" if largest < 1 << 16 else "<u4")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     counts = {"num_tokens": 0, "num_words": 0, "num_lines": 0, "num_bytes": 0}
     sha256 = hashlib.sha256()
@@ -61,15 +61,15 @@ def write_tokens(
                 done = batch[-1][1]
                 texts = [text for text, _, _ in batch]
                 encoded = encoder.encode_batch_fast(texts, add_special_tokens=False)
-                for (text, _, end), encoding in zip(batch, encoded, strict=True):
-                    array = np.asarray([*encoding.ids, *end], dtype=dtype)
-                    counts["num_tokens"] += len(array)
-                    counts["num_words"] += len(text.split())
-                    counts["num_lines"] += text.count("\n")
-                    counts["num_bytes"] += len(text.encode())
-                    data = array.tobytes()
-                    sha256.update(data)
-                    _write(handle, data)
+                pairs = zip(batch, encoded, strict=True)
+                ids = [np.asarray([*found.ids, *end], dtype) for (_, _, end), found in pairs]
+                data = np.concatenate(ids).tobytes()
+                counts["num_tokens"] += len(data) // dtype.itemsize
+                counts["num_words"] += sum(len(text.split()) for text in texts)
+                counts["num_lines"] += sum(text.count("\n") for text in texts)
+                counts["num_bytes"] += sum(len(text.encode()) for text in texts)
+                sha256.update(data)
+                _write(handle, data)
                 progress.set_postfix_str(f"{counts['num_tokens'] / 1e6:.1f}M tokens", refresh=False)
                 progress.update(done - progress.n)
             handle.flush()

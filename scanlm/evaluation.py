@@ -1,421 +1,334 @@
-"""Loss of a language model on a long text: which tokens are scored, from which context.
+"""Evaluate checkpoints on a corpus, with a record of it, and compare them.
 
-A text of N tokens has N - 1 tokens that something precedes; every context mode scores each of them
-exactly once, so the modes differ only in what a token is predicted from:
-
-    blocks      independent blocks of seq_len (the original's): token i * seq_len + p + 1 from the
-                p + 1 tokens of its block before it, p = 0 ... seq_len - 1
-    sliding     overlapping windows of seq_len, each ``stride`` further on: a token from at least
-                seq_len - stride + 1 tokens (all there are, in the first window); stride = seq_len
-                is ``blocks``
-    streaming   everything before it: one stream, read in pieces of seq_len, its state carried on
-
-Losses are cross-entropies in nats a token, taken in float32 and summed in float64, block after
-block: the sum does not depend on the batch size.
+The scoring itself, and what each context mode predicts a token from, is in ``scanlm.scoring``.
+Perplexity per token depends on the tokenizer; bits per byte and perplexity per word do not. The
+latter divides by whitespace-separated words, on WikiText by words and line ends, as published
+results do.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
+from scanlm.checkpoints import Loaded, checkpoints, load_checkpoint
+from scanlm.data import (
+    TokenizedCorpus,
+    TokenSplit,
+    default_tokenizer,
+    load_corpus,
+    prepare,
+    tokenizer_hash,
+)
 from scanlm.errors import ScanLMError, nearest
+from scanlm.scoring import (
+    Evaluation,
+    check_context,
+    context_limit,
+    evaluate_blocks,
+    evaluate_sliding,
+    evaluate_streaming,
+)
 
-LOGITS_PER_SLICE = 2**26  # a quarter of a gigabyte of float32
-PRECISIONS = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-}
+if TYPE_CHECKING:
+    import pandas as pd
 
+    from scanlm.records import Run
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Summed losses by position.
-
-    Attributes:
-        sums: float64 ``(p,)``: nats lost at each position.
-        counts_by_position: int64 ``(p,)``: tokens scored at each position.
-        positions: int64 ``(p,)``: a token at ``positions[k]`` was predicted from that many tokens
-            and one. For a stream, entry k holds the piece of the stream that begins there.
-    """
-
-    sums: np.ndarray
-    counts_by_position: np.ndarray
-    positions: np.ndarray
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens scored."""
-        return int(self.counts_by_position.sum())
-
-    @property
-    def nats(self) -> float:
-        """Loss summed over all scored tokens."""
-        return float(self.sums.sum())
-
-    @property
-    def loss(self) -> float:
-        """Nats per scored token."""
-        return self.nats / self.num_tokens
-
-    @property
-    def loss_by_position(self) -> np.ndarray:
-        """Nats per token at each position, float64 ``(p,)``; NaN where nothing was scored."""
-        counts = self.counts_by_position
-        nothing = np.full(len(counts), np.nan)
-        return np.divide(self.sums, counts, out=nothing, where=counts > 0)
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss); infinite where that overflows."""
-        return _exp(self.loss)
-
-    def bits_per_byte(self, num_bytes: int) -> float:
-        """Bits spent on the text per byte of it.
-
-        The text's first token is not scored, but its bytes count: one token of many.
-        """
-        _check_count("num_bytes", num_bytes)
-        return self.nats / math.log(2) / num_bytes
-
-    def word_perplexity(self, num_words: int) -> float:
-        """Perplexity per word, exp(nats / words): comparable between tokenizers."""
-        _check_count("num_words", num_words)
-        return _exp(self.nats / num_words)
-
-    def merge(self, other: Evaluation) -> Evaluation:
-        """Both results as one, e.g. of two texts or of two halves of one.
-
-        Raises:
-            ScanLMError: the two have other positions.
-        """
-        if not np.array_equal(self.positions, other.positions):
-            raise ScanLMError(
-                f"cannot merge evaluations over {len(self.positions)} and {len(other.positions)} "
-                "positions: evaluate both with one seq_len and context"
-            )
-        counts = self.counts_by_position + other.counts_by_position
-        return Evaluation(self.sums + other.sums, counts, self.positions)
+CONTEXTS = ("blocks", "sliding", "streaming")
+DEFAULT_SEQ_LEN = 512  # the original's
+PADDED_VOCABULARY = 128  # models round their vocabulary up to such multiples for tensor cores
 
 
-def evaluate_blocks(
-    model: nn.Module,
-    tokens: Any,
-    seq_len: int,
+def evaluate(
+    target: str | Path,
+    corpus: str | Path | TokenizedCorpus,
+    split: str = "test",
+    context: str = "blocks",
+    seq_len: int | None = None,
+    stride: int | None = None,
+    steps: Sequence[int | str] | str | None = None,
     batch_size: int = 16,
-    device: str | torch.device | None = None,
-    precision: str | None = None,
-    max_tokens: int | None = None,
-    progress: bool = False,
+    original_positions: bool = False,
     chunk_size: int | None = None,
-) -> Evaluation:
-    """Score independent blocks of ``seq_len``; the last, partial block counts too.
+    device: str | None = None,
+    precision: str | None = None,
+    config: str | Path | None = None,
+    tokenizer: str | None = None,
+    max_tokens: int | None = None,
+    cache_dir: str | Path = "data/cache",
+    root: str | Path = "data/runs",
+    record: bool = True,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Score one or several checkpoints of a model on a split of a corpus.
 
     Args:
-        model: any causal language model of transformers' form; its mode is left as it was.
-        tokens: ``(n,)`` integers, e.g. a memory map.
-        seq_len: tokens a block reads; position p of block b predicts token b * seq_len + p + 1.
+        target: a run, a checkpoint, a Hugging Face folder or hub name, or a distributed checkpoint.
+        corpus: a corpus' name or path, or one that is tokenised already.
+        context: "blocks", "sliding" or "streaming": see ``scanlm.scoring``.
+        seq_len: tokens a block, window or piece reads; default that of the run, else 512 or as many
+            as the model has positions for.
+        stride: of "sliding"; default half of ``seq_len``.
+        steps: of a run: which checkpoints, in this order; "all"; default the latest.
         batch_size: blocks at a time; no result depends on it.
-        device: move the model there; by default it stays.
-        precision: "fp32", "bf16" or "fp16" autocast; by default as the weights are.
+        original_positions: leave out each chunk's first token, as the original does.
+        chunk_size: for ``original_positions``; default the model's own.
+        device: default the GPU if there is one.
+        precision: autocast to "fp32", "bf16" or "fp16"; default the weights' own.
+        config: for a distributed checkpoint: ``config.json`` or a registry id.
+        tokenizer: for a model that comes without one: what ``load_tokenizer`` takes.
         max_tokens: score only the first so many tokens.
-        progress: show a progress bar.
-        chunk_size: score as the original does: not the first token of any chunk of this size.
+        cache_dir: where token files are.
+        root, record: write a record under ``root/<corpus>/``.
+
+    Returns:
+        One row a checkpoint: ``model, step, corpus, split, context, seq_len, stride,
+        original_positions, loss`` (nats per token), ``perplexity, word_perplexity, bits_per_byte``
+        (both ``None`` unless all tokens of the split after the first were scored), ``num_tokens``
+        (scored), ``loss_by_position``, ``counts_by_position``, ``positions``, ``target, path`` and
+        ``record`` (the record's folder, or ``None``).
 
     Raises:
-        ScanLMError: fewer than 2 tokens, a token outside the vocabulary, a block longer than the
-            model's positions, or a loss that is not finite (the message names the position).
+        ScanLMError: a checkpoint that cannot be loaded, a corpus tokenised with another tokenizer,
+            more context than the model has positions for, or a loss that is not finite.
     """
-    return evaluate_sliding(
-        model,
-        tokens,
-        seq_len,
-        seq_len,
-        batch_size,
-        device,
-        precision,
-        max_tokens,
-        progress,
-        chunk_size,
-    )
+    if context not in CONTEXTS:
+        raise ScanLMError(f"unknown context {context!r}.{nearest(str(context), CONTEXTS)}")
+    if stride is not None and context != "sliding":
+        raise ScanLMError(
+            f"stride={stride} is for context='sliding', not {context!r}: leave it out"
+        )
+    wanted = _steps(target, steps)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_checkpoint(target, wanted[0], place, config=config, cache_dir=cache_dir)
+    tokens = tokenized(corpus, split, loaded, tokenizer, cache_dir)
+    part = tokens[split]
+    options = _resolve(loaded, part, context, seq_len, stride, original_positions, chunk_size)
+    options |= {"batch_size": batch_size, "precision": precision, "max_tokens": max_tokens}
+    parameters = {
+        "kind": "evaluation",
+        "target": _readable(loaded),
+        "steps": list(wanted),
+        "corpus": tokens.name,
+        "corpus_fingerprint": tokens.fingerprint,
+        "tokenizer": tokens.tokenizer_spec,
+        "tokenizer_hash": tokens.tokenizer_hash,
+        "split": split,
+        "context": context,
+        "original_positions": original_positions,
+        **options,
+    }
+    seed = int((loaded.run or {}).get("seed") or 0)
+    from scanlm.records import Run
+
+    run = Run.create(tokens.name, loaded.name, parameters, seed, root=root) if record else None
+    rows = []
+    try:
+        for step in wanted:
+            if rows:
+                loaded = load_checkpoint(target, step, place, config=config, cache_dir=cache_dir)
+                _check_vocabulary(loaded, tokens)
+            result = _score(loaded, part, context, options, progress)
+            row = {
+                "model": loaded.name,
+                "step": loaded.step,
+                "corpus": tokens.name,
+                "split": split,
+                "context": context,
+                "seq_len": options["seq_len"],
+                "stride": options["stride"],
+                "original_positions": original_positions,
+                **_figures(result, part, tokens.name),
+                "target": str(target),
+                "path": str(loaded.path),
+                "record": str(run.folder) if run else None,
+            }
+            rows.append(row)
+            if run:
+                _log(run, row)
+        if run:
+            names = ("step", "split", *_METRICS, "num_tokens")
+            run.finish({name: rows[-1][name] for name in names if rows[-1][name] is not None})
+    except BaseException as error:
+        if run:
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            run.fail(status, str(error) or type(error).__name__)
+        raise
+    return rows
 
 
-def evaluate_sliding(
-    model: nn.Module,
-    tokens: Any,
-    seq_len: int,
-    stride: int,
-    batch_size: int = 16,
-    device: str | torch.device | None = None,
-    precision: str | None = None,
-    max_tokens: int | None = None,
-    progress: bool = False,
-    chunk_size: int | None = None,
-) -> Evaluation:
-    """Score each token once, in the first window of ``seq_len`` that reaches it.
-
-    Window w reads tokens w * stride ... w * stride + seq_len - 1 and predicts each one's successor.
-    The first window is scored whole, a later one at its last ``stride`` positions.
+def compare(
+    targets: Iterable[str | Path], corpus: str | Path | TokenizedCorpus, **options: Any
+) -> pd.DataFrame:
+    """Evaluate several targets alike.
 
     Args:
-        stride: tokens from one window to the next, at most ``seq_len``.
+        targets: as for ``evaluate``.
+        corpus, options: of ``evaluate``, the same for all. Without ``seq_len`` each is read at its
+            own, and the table says which.
 
-    Other arguments, result and errors are those of ``evaluate_blocks``.
+    Returns:
+        ``evaluate``'s rows, lowest loss first. Models of different tokenizers are comparable by
+        ``bits_per_byte`` and ``word_perplexity`` only.
     """
-    _check_count("seq_len", seq_len)
-    _check_count("stride", stride)
-    _check_count("batch_size", batch_size)
-    if stride > seq_len:
-        raise ScanLMError(
-            f"stride={stride} is larger than seq_len={seq_len}: tokens between windows would be "
-            "skipped; use at most seq_len"
-        )
-    tokens = _checked_tokens(model, tokens, max_tokens)
-    targets = len(tokens) - 1
-    check_context(model, min(seq_len, targets))
-    sums, counts = np.zeros(seq_len), np.zeros(seq_len, dtype=np.int64)
-    scored = _scored_positions(0, seq_len, chunk_size)
-    with _evaluating(model, device, precision) as place:
-        for starts in _progress(_batches(targets, seq_len, stride, batch_size), progress):
-            length = min(seq_len, targets - starts[0])
-            rows = np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64)
-            windows = torch.from_numpy(rows).to(place)
-            logits = model(input_ids=windows[:, :-1], use_cache=False).logits
-            first = 0 if starts[0] == 0 and len(starts) == 1 else seq_len - stride
-            losses = _token_losses(logits[:, first:], windows[:, first + 1 :])
-            for start, row in zip(starts, losses, strict=True):
-                _check_finite(row, start + first, f"position {{}} of the window at token {start}")
-                keep = scored[first:length]
-                sums[first:length] += np.where(keep, row, 0.0)
-                counts[first:length] += keep
-    return _result(sums, counts, np.arange(seq_len))
+    import pandas as pd
+
+    rows = [row for target in targets for row in evaluate(target, corpus, **options)]
+    return pd.DataFrame(rows).sort_values("loss", ignore_index=True, kind="stable")
 
 
-def evaluate_streaming(
-    model: nn.Module,
-    tokens: Any,
-    seq_len: int,
-    device: str | torch.device | None = None,
-    precision: str | None = None,
-    max_tokens: int | None = None,
-    progress: bool = False,
-    chunk_size: int | None = None,
-) -> Evaluation:
-    """Score one stream: token i + 1 is predicted from all of tokens 0 ... i.
-
-    The stream is read in pieces of ``seq_len`` and the model's state carried from piece to piece,
-    so no loss depends on ``seq_len``; it sets the memory needed, and the result's resolution: entry
-    k of ``loss_by_position`` is the mean over tokens k * seq_len + 1 ... (k + 1) * seq_len.
+def tokenized(
+    corpus: str | Path | TokenizedCorpus,
+    split: str,
+    loaded: Loaded,
+    tokenizer: str | None = None,
+    cache_dir: str | Path = "data/cache",
+) -> TokenizedCorpus:
+    """The corpus in the tokens that the model was trained on.
 
     Raises:
-        ScanLMError: as ``evaluate_blocks``; and a text longer than the model's positions, or a
-            model that returns no state.
+        ScanLMError: the tokens are another tokenizer's, or of another vocabulary.
     """
-    _check_count("seq_len", seq_len)
-    tokens = _checked_tokens(model, tokens, max_tokens)
-    targets = len(tokens) - 1
-    check_context(model, targets, streaming=True)
-    starts = range(0, targets, seq_len)
-    sums, counts = np.zeros(len(starts)), np.zeros(len(starts), dtype=np.int64)
-    state: dict[str, Any] = {}
-    with _evaluating(model, device, precision) as place:
-        for k, start in enumerate(_progress(starts, progress)):
-            stop = min(start + seq_len, targets)
-            piece = torch.from_numpy(tokens[start : stop + 1].astype(np.int64)).to(place)
-            out = model(input_ids=piece[None, :-1], use_cache=True, **state)
-            state = _carried_state(model, out)
-            (row,) = _token_losses(out.logits, piece[None, 1:])
-            _check_finite(row, start, "position {} of the piece of the stream")
-            keep = _scored_positions(start, stop - start, chunk_size)
-            sums[k] = row[keep].sum()
-            counts[k] = keep.sum()
-    return _result(sums, counts, np.asarray(starts))
-
-
-def context_limit(model: nn.Module) -> int | None:
-    """Longest sequence that the model's position embeddings allow, or ``None``."""
-    config = getattr(model, "config", None)
-    kind = getattr(config, "model_type", None)
-    if kind in ("gla", "gated_deltanet", "mamba", "mamba2"):
-        return None
-    if kind == "scanlm" and getattr(config, "position_embedding", None) == "chunk":
-        return None
-    return getattr(config, "max_position_embeddings", None)
-
-
-def check_context(model: nn.Module, length: int, streaming: bool = False) -> None:
-    """Refuse sequences of more tokens than the model has positions for.
-
-    Raises:
-        ScanLMError: says what to do instead.
-    """
-    limit = context_limit(model)
-    if limit is None or length <= limit:
-        return
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if streaming:
-        raise ScanLMError(
-            f"cannot stream {length} tokens through this {kind} model: its absolute positions end "
-            f"at {limit}; use context='sliding', or a model without a limit (scanlm with "
-            'position_embedding="chunk", GLA, Gated DeltaNet, Mamba2)'
-        )
-    raise ScanLMError(
-        f"seq_len={length} is longer than the {limit} positions of this {kind} model: use "
-        f"seq_len={limit} or less"
-    )
-
-
-def _batches(targets: int, seq_len: int, stride: int, batch_size: int) -> list[range]:
-    """Starts of windows, in batches whose windows have one length and one part to score."""
-    windows = 1 + max(0, -(-(targets - seq_len) // stride))
-    whole = windows if (windows - 1) * stride + seq_len == targets else windows - 1
-    starts = range(0, windows * stride, stride)
-    overlapping = stride < seq_len and whole > 0  # then the first window is scored differently
-    batches = [starts[:1]] if overlapping else []
-    batches += [
-        starts[i : min(i + batch_size, whole)] for i in range(int(overlapping), whole, batch_size)
-    ]
-    return [*batches, starts[whole:]] if whole < windows else batches
-
-
-def _scored_positions(start: int, length: int, chunk_size: int | None) -> np.ndarray:
-    """Which of positions start ... start + length - 1 count, bool ``(length,)``.
-
-    Position p predicts token p + 1; the original never scores a token that begins a chunk.
-    """
-    if chunk_size is None:
-        return np.ones(length, dtype=bool)
-    _check_count("chunk_size", chunk_size)
-    return (np.arange(start, start + length) + 1) % chunk_size != 0
-
-
-def _token_losses(logits: Tensor, targets: Tensor) -> np.ndarray:
-    """Cross-entropy of each token, float64 ``(b, t)`` in nats.
-
-    Args:
-        logits: ``(b, t, v)`` of any dtype; converted to float32 a slice at a time.
-        targets: ``(b, t)``.
-    """
-    flat, wanted = logits.flatten(0, 1), targets.flatten()
-    if int(wanted.max()) >= logits.shape[-1]:
-        raise ScanLMError(
-            f"token id {int(wanted.max())} has no logit: the model predicts {logits.shape[-1]} "
-            "tokens; use the tokenizer that it was trained with"
-        )
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    rows = max(LOGITS_PER_SLICE // logits.shape[-1], 1)
-    losses = [
-        F.cross_entropy(part.to(exact), target, reduction="none")
-        for part, target in zip(flat.split(rows), wanted.split(rows), strict=True)
-    ]
-    return torch.cat(losses).double().view(targets.shape).cpu().numpy()
-
-
-def _carried_state(model: nn.Module, out: Any) -> dict[str, Any]:
-    """The state to pass on, by the name under which this model takes it."""
-    for name in ("past_key_values", "cache_params"):
-        state = getattr(out, name, None)
-        if state is not None:
-            return {name: state}
-    raise ScanLMError(
-        f"cannot stream: {type(model).__name__} returns no state (past_key_values); use "
-        "context='blocks' or 'sliding'"
-    )
-
-
-def _checked_tokens(model: nn.Module, tokens: Any, max_tokens: int | None) -> np.ndarray:
-    """The tokens to read, of which all but the first are scored, ``(n,)``."""
-    tokens = tokens.numpy() if isinstance(tokens, Tensor) else np.asanyarray(tokens)
-    if tokens.ndim != 1:
-        raise ScanLMError(f"tokens must be one sequence of shape (n,), got {tokens.shape}")
-    if max_tokens is not None:
-        _check_count("max_tokens", max_tokens)
-        tokens = tokens[: max_tokens + 1]
-    if len(tokens) < 2:
-        raise ScanLMError(
-            f"nothing to evaluate: {len(tokens)} tokens, and the first is predicted from nothing; "
-            "at least 2 are needed"
-        )
-    vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or (vocab_size is not None and high >= vocab_size):
-        raise ScanLMError(
-            f"token id {low if low < 0 else high} is not in the model's vocabulary of "
-            f"{vocab_size}: use the tokenizer that it was trained with"
-        )
+    whose = loaded.name
+    own = loaded.tokenizer
+    if isinstance(corpus, TokenizedCorpus):
+        tokens = corpus
+    else:
+        source = load_corpus(corpus)
+        chosen = tokenizer or own or default_tokenizer(source)
+        tokens = prepare(source, chosen, cache_dir, splits=[split])
+    if own is not None:
+        tokens.require_tokenizer(tokenizer_hash(own), whose)
+    elif expected := (loaded.run or {}).get("parameters", {}).get("tokenizer_hash"):
+        tokens.require_tokenizer(expected, whose)
+    _check_vocabulary(loaded, tokens)
     return tokens
 
 
-def _check_finite(row: np.ndarray, first: int, where: str) -> None:
-    wrong = np.flatnonzero(~np.isfinite(row))
-    if len(wrong):
-        at = int(wrong[0])
+def _check_vocabulary(loaded: Loaded, tokens: TokenizedCorpus) -> None:
+    model, corpus = int(loaded.model.config.vocab_size), tokens.vocab_size
+    largest = -(-corpus // PADDED_VOCABULARY) * PADDED_VOCABULARY
+    if not corpus <= model <= largest:
         raise ScanLMError(
-            f"the loss is {row[at]} at token {first + at + 1} ({where.format(at)}): the weights "
-            "hold NaN or overflow in this precision; check the checkpoint, or try precision='fp32'"
+            f"corpus {tokens.name!r} is tokenised with {tokens.tokenizer_spec!r} ({corpus} "
+            f"tokens), {loaded.name} has a vocabulary of {model}: tokenise the corpus with the "
+            "model's tokenizer (--tokenizer)"
         )
 
 
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ScanLMError(f"{name} must be an integer >= 1, got {value!r}")
+def _steps(target: str | Path, steps: Sequence[int | str] | str | None) -> list[int | str | None]:
+    if steps is None:
+        return [None]
+    if steps == "all":
+        found = checkpoints(Path(target).expanduser())
+        if not found:
+            raise ScanLMError(f"{str(target)!r} holds no checkpoints to choose steps from")
+        return list(found)
+    chosen = [steps] if isinstance(steps, str | int) else list(steps)
+    if not chosen:
+        raise ScanLMError("steps is empty: name at least one, or leave it out for the latest")
+    return [int(s) if isinstance(s, str) and s.isdigit() else s for s in chosen]
 
 
-def _result(sums: np.ndarray, counts: np.ndarray, positions: np.ndarray) -> Evaluation:
-    if not counts.any():
-        raise ScanLMError("nothing was scored: every token begins a chunk; use a larger chunk_size")
-    return Evaluation(sums, counts, positions)
+def _resolve(
+    loaded: Loaded,
+    part: TokenSplit,
+    context: str,
+    seq_len: int | None,
+    stride: int | None,
+    original_positions: bool,
+    chunk_size: int | None,
+) -> dict[str, Any]:
+    """Defaults filled in, and what the model cannot do refused before anything is recorded."""
+    limit = context_limit(loaded.model)
+    if seq_len is None:
+        trained = (loaded.run or {}).get("parameters", {}).get("seq_len")
+        default = trained if isinstance(trained, int) else DEFAULT_SEQ_LEN
+        seq_len = default if limit is None else min(default, limit)
+    if context == "streaming":
+        check_context(loaded.model, part.num_tokens - 1, streaming=True)
+    if context == "sliding" and stride is None:
+        stride = max(seq_len // 2, 1)
+    if original_positions and chunk_size is None:
+        chunk_size = getattr(loaded.model.config, "chunk_size", None)
+        if loaded.model.config.model_type != "scanlm":  # Mamba2 has chunks of another kind
+            raise ScanLMError(
+                f"original_positions skips each chunk's first token, and {loaded.name} "
+                f"({loaded.model.config.model_type}) has no chunks: give chunk_size, that of the "
+                "scan model to compare with"
+            )
+    if chunk_size is not None and not original_positions:
+        raise ScanLMError(f"chunk_size={chunk_size} is for original_positions only: leave it out")
+    return {"seq_len": seq_len, "stride": stride, "chunk_size": chunk_size}
 
 
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
+def _score(
+    loaded: Loaded, part: TokenSplit, context: str, options: dict[str, Any], progress: bool
+) -> Evaluation:
+    common = {name: options[name] for name in ("precision", "max_tokens", "chunk_size")}
+    common["progress"] = progress
+    model, tokens, seq_len = loaded.model, part.tokens, options["seq_len"]
+    if context == "streaming":
+        return evaluate_streaming(model, tokens, seq_len, **common)
+    common["batch_size"] = options["batch_size"]
+    if context == "sliding":
+        return evaluate_sliding(model, tokens, seq_len, options["stride"], **common)
+    return evaluate_blocks(model, tokens, seq_len, **common)
 
 
-def _progress(items: Any, show: bool) -> Any:
-    if not show:
-        return items
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
-    return tqdm(items, desc="evaluate", leave=False)
+_METRICS = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
 
 
-@contextmanager
-def _evaluating(
-    model: nn.Module, device: str | torch.device | None, precision: str | None
-) -> Iterator[torch.device]:
-    """The model in evaluation mode, without gradients; every module's mode is restored."""
-    if device is not None:
-        model.to(device)
-    place = next((p.device for p in model.parameters()), torch.device("cpu"))
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        # not inference_mode: tensors that a module keeps must stay usable in training
-        with torch.no_grad(), _autocast(place, precision):
-            yield place
-    finally:
-        for module, training in modes.items():
-            module.training = training
+def _figures(result: Evaluation, part: TokenSplit, corpus: str) -> dict[str, Any]:
+    # per word and per byte only if their nats were all counted
+    whole = result.num_tokens == part.num_tokens - 1
+    words = part.num_words + (part.num_lines if corpus.startswith("wikitext") else 0)
+    return {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "word_perplexity": result.word_perplexity(words) if whole else None,
+        "bits_per_byte": result.bits_per_byte(part.num_bytes) if whole else None,
+        "num_tokens": result.num_tokens,
+        "loss_by_position": result.loss_by_position,
+        "counts_by_position": result.counts_by_position,
+        "positions": result.positions,
+    }
 
 
-def _autocast(device: torch.device, precision: str | None) -> AbstractContextManager[Any]:
-    if precision is None:
-        return nullcontext()
-    if precision not in PRECISIONS:
-        raise ScanLMError(f"unknown precision {precision!r}.{nearest(precision, PRECISIONS)}")
-    dtype = PRECISIONS[precision]
-    if dtype == torch.float32:
-        return torch.autocast(device.type, enabled=False)
-    return torch.autocast(device.type, dtype=dtype)
+def _log(run: Run, row: dict[str, Any]) -> None:
+    """The row's figures over the axes that apply; a loss with a position is the mean there."""
+    axes = {"split": row["split"]} | ({} if row["step"] is None else {"step": row["step"]})
+    for name in _METRICS:
+        if row[name] is not None:
+            run.log(name, row[name], **axes, n=row["num_tokens"])
+    by_position = zip(
+        row["positions"], row["loss_by_position"], row["counts_by_position"], strict=True
+    )
+    for position, loss, count in by_position:
+        if count:
+            run.log("loss", float(loss), **axes, position=int(position), n=int(count))
+
+
+def _readable(loaded: Loaded) -> str:
+    """What was evaluated, without a path of this machine: a run, a hub name or a folder's name."""
+    if isinstance(loaded.path, str):
+        return loaded.path
+    if loaded.run and "run_id" in loaded.run:
+        return str(loaded.run["run_id"])
+    return loaded.path.name
+
+
+__all__ = [
+    "CONTEXTS",
+    "Evaluation",
+    "compare",
+    "evaluate",
+    "evaluate_blocks",
+    "evaluate_sliding",
+    "evaluate_streaming",
+    "tokenized",
+]

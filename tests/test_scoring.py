@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Mamba2Config, Mamba2ForCau
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from scanlm import ScanLMConfig, ScanLMError, ScanLMForCausalLM
-from scanlm.evaluation import Evaluation, evaluate_blocks, evaluate_sliding, evaluate_streaming
+from scanlm.scoring import Evaluation, evaluate_blocks, evaluate_sliding, evaluate_streaming
 
 VOCAB = 31
 
@@ -287,8 +287,8 @@ def test_logits_are_converted_a_slice_at_a_time(monkeypatch):
         largest = max(largest, logits.numel())
         return plain(logits, *args, **kwargs)
 
-    monkeypatch.setattr("scanlm.evaluation.LOGITS_PER_SLICE", 3 * VOCAB)
-    monkeypatch.setattr("scanlm.evaluation.F.cross_entropy", spy)
+    monkeypatch.setattr("scanlm.scoring.LOGITS_PER_SLICE", 3 * VOCAB)
+    monkeypatch.setattr("scanlm.scoring.F.cross_entropy", spy)
     sliced = evaluate_blocks(model, tokens, 8)
     assert largest == 3 * VOCAB
     np.testing.assert_allclose(sliced.sums, whole.sums, rtol=0, atol=1e-6)

@@ -666,7 +666,8 @@ def influence_map(influence: np.ndarray | Mapping[str, np.ndarray], chunk_size: 
             for border in range(chunk_size, len(matrix), chunk_size):
                 ax.axhline(border - 0.5, color=INK, lw=0.6, alpha=0.45)
                 ax.axvline(border - 0.5, color=INK, lw=0.6, alpha=0.45)
-            ticks = range(0, len(matrix), chunk_size)
+            every = -(-len(matrix) // (8 * chunk_size))  # at most 8 labels, at chunk borders
+            ticks = range(0, len(matrix), every * chunk_size)
             ax.set_xticks(ticks)
             ax.set_yticks(ticks)
             ax.set(title=title, xlabel="token read", ylabel="position that predicts")

@@ -12,13 +12,14 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -91,12 +92,15 @@ def read_model_tensors(folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, 
         for key, entry in metadata.state_dict_metadata.items():
             if key in names and isinstance(entry, TensorStorageMetadata):
                 tensors[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-        load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
-    # the reader raises whatever pickle, the zip reader and its own assertions do
-    except Exception as error:
+        with warnings.catch_warnings():  # that this is one process
+            warnings.simplefilter("ignore", UserWarning)
+            load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
+    # the reader raises whatever pickle and its own assertions do; CheckpointException, around what
+    # its threads raise, is no Exception
+    except (Exception, CheckpointException) as error:
         raise ScanLMError(
-            f"cannot read the distributed checkpoint {folder}: {one_line(error)}; a file is "
-            "missing or truncated: copy the whole folder again"
+            f"cannot read the distributed checkpoint {folder} ({one_line(error)}): a file is "
+            "missing or truncated; copy the whole folder again"
         ) from error
     return {names[key]: tensor for key, tensor in tensors.items()}
 

@@ -1,0 +1,447 @@
+"""Length curriculum for state tracking: several runs side by side, recorded and resumable.
+
+    python -m scanlm.curriculum --preset paper --seeds 0,1,2 --max-seconds 500 --out data/runs
+
+A run goes through stages of growing length. Every ``log_every`` steps it is validated on new words;
+a stage ends when that passes its threshold or when its steps are used up, and the record says
+which. The next stage starts from the same weights and optimiser state, with its own learning rate,
+warm-up and dropout. At the end the model is evaluated at many lengths.
+
+Runs share nothing but the device. On a GPU each has its own stream and its own CUDA graphs
+(``scanlm.curriculum_step``), and the host only looks after whichever run has finished its steps.
+
+Data, learning rate and (on a CPU) dropout depend on the seed and the step alone, so a run that was
+interrupted goes on exactly where it was. On a GPU runs side by side share one random state for
+dropout: there a resumed run sees the same data, but other dropout masks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import torch
+import typer
+import yaml
+
+from scanlm.curriculum_settings import (
+    PRESETS,
+    Stage,
+    StateTrackingSettings,
+    make_settings,
+    preset_settings,
+)
+from scanlm.curriculum_step import Learner
+from scanlm.errors import ScanLMError, nearest
+from scanlm.length_evaluation import (
+    PRECISIONS,
+    LengthEvaluation,
+    check_lengths,
+    evaluate_lengths,
+    position_limit,
+    reach,
+)
+
+__all__ = [
+    "PRESETS",
+    "LengthEvaluation",
+    "Stage",
+    "StateTrackingSettings",
+    "check_lengths",
+    "evaluate_lengths",
+    "make_settings",
+    "open_run",
+    "preset_settings",
+    "reach",
+    "train",
+    "train_many",
+]
+
+CHECKPOINT, WEIGHTS = "checkpoint.pt", "checkpoint-final"
+SAVE_WEIGHTS = ("none", "bf16", "fp32")
+# settings that leave the trained weights as they are, so that a resumed run may change them
+NOT_TRAINING = ("compile_from_length", "eval_")
+
+
+class Record(Protocol):
+    """What is used of ``scanlm.records.Run``."""
+
+    folder: Path
+
+    def log(self, name: str, value: float, **axes: Any) -> None: ...
+    def truncate(self, after_step: int) -> None: ...
+    def finish(self, summary: dict[str, Any], status: str = "finished") -> None: ...
+    def fail(self, status: str, message: str) -> None: ...
+
+
+def open_run(settings: StateTrackingSettings, root: str | Path = "data/runs") -> Record:
+    """The record of these settings: the one that exists (to go on with), or a new one."""
+    from scanlm.records import Run, run_id
+
+    parameters = settings.model_dump(mode="json", exclude={"model", "seed"})
+    identity = run_id(settings.model, parameters, settings.seed)
+    folder = Path(root) / settings.experiment / identity
+    if (folder / CHECKPOINT).exists() or (folder / "summary.json").exists():
+        return Run.open(folder)
+    return Run.create(settings.experiment, settings.model, parameters, settings.seed, root=root)
+
+
+class _Trainee:
+    """One run: its learner, its place in the curriculum and its record."""
+
+    def __init__(
+        self, settings: StateTrackingSettings, record: Record, device: torch.device
+    ) -> None:
+        self.settings, self.record = settings, record
+        self.learner = Learner(settings, device)
+        self.stage_index, self.stage_step = 0, 0
+        self.tokens, self.seconds, self.stage_seconds = 0, 0.0, 0.0
+        self.stages: list[dict[str, Any]] = []  # how each stage ended
+        self.diverged = False
+        self.queued = 0
+        self.event: torch.cuda.Event | None = None
+        path = record.folder / CHECKPOINT
+        if path.exists():
+            self._resume(path)
+        if not self.trained:
+            self.learner.begin_stage(self.stage, self.stage_step)
+
+    @property
+    def stage(self) -> Stage:
+        return self.settings.stages[self.stage_index]
+
+    @property
+    def trained(self) -> bool:
+        return self.stage_index == len(self.settings.stages)
+
+    def queue(self, limit: int | None) -> None:
+        """Start the steps up to the next record (on a CPU: do them)."""
+        self.started = time.perf_counter()
+        self.queued = min(
+            self.settings.log_every - self.stage_step % self.settings.log_every,
+            self.stage.max_steps - self.stage_step,
+        )
+        if limit is not None:
+            self.queued = min(self.queued, limit)
+        self.learner.advance(self.queued)
+        self.learner.validate()
+        if self.learner.stream is not None:
+            self.event = torch.cuda.Event()
+            self.event.record(self.learner.stream)
+
+    def ready(self) -> bool:
+        return self.event is None or self.event.query()
+
+    def collect(self) -> None:
+        """Read the queued steps' results, write them down, and move to the next stage if due."""
+        loss, accuracy, positions, whole = self.learner.read(self.queued)
+        elapsed = time.perf_counter() - self.started
+        self.seconds += elapsed
+        self.stage_seconds += elapsed
+        self.stage_step += self.queued
+        self.tokens += self.queued * self.stage.batch * self.stage.length
+        step = self.learner.step
+        axes = {"step": step, "tokens": self.tokens, "length": self.stage.length}
+        self.record.log("loss", loss, split="train", **axes)
+        self.record.log("accuracy", accuracy, split="train", **axes)
+        words = self.settings.validation_sequences
+        for name, value in (
+            ("accuracy", sum(positions) / len(positions)),
+            ("accuracy_last", positions[-1]),
+            ("accuracy_sequence", whole),
+        ):
+            self.record.log(name, value, split="validation", n=words, **axes)
+        self.queued = 0
+        if not math.isfinite(loss):
+            self.diverged = True
+            where = f"length {self.stage.length}, step {step}"
+            self.record.fail("diverged", f"the loss is not finite at {where}")
+            (self.record.folder / CHECKPOINT).unlink(missing_ok=True)
+            return
+        score = whole if self.stage.criterion == "sequence" else min(positions)
+        threshold = self.stage.threshold
+        if threshold is not None and score >= threshold:
+            self._end_stage("threshold", score)
+        elif self.stage_step >= self.stage.max_steps:
+            self._end_stage("budget", score)
+
+    def _end_stage(self, why: str, score: float) -> None:
+        rate = self.stage_step / self.stage_seconds
+        self.stages.append(
+            {
+                "length": self.stage.length,
+                "steps": self.stage_step,
+                "ended_by": why,
+                self.stage.criterion: score,
+                "seconds": self.stage_seconds,
+                "steps_per_second": rate,
+            }
+        )
+        axes = {"step": self.learner.step, "tokens": self.tokens, "length": self.stage.length}
+        self.record.log("steps_per_second", rate, split="train", **axes)
+        self.stage_index, self.stage_step, self.stage_seconds = self.stage_index + 1, 0, 0.0
+        if not self.trained:
+            self.learner.begin_stage(self.stage)
+
+    def save(self) -> None:
+        """Write a checkpoint by atomic rename; only between ``collect`` and ``queue``."""
+        state = {
+            "settings": self.settings.model_dump(mode="json"),
+            "place": [self.stage_index, self.stage_step],
+            "counts": [self.tokens, self.seconds, self.stage_seconds],
+            "stages": self.stages,
+            "learner": self.learner.state(),
+        }
+        path = self.record.folder / CHECKPOINT
+        torch.save(state, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+
+    def _resume(self, path: Path) -> None:
+        state = torch.load(path, map_location=self.learner.device, weights_only=True)
+        check_same_training(self.settings, state["settings"], path)
+        self.stage_index, self.stage_step = state["place"]
+        self.tokens, self.seconds, self.stage_seconds = state["counts"]
+        self.stages = state["stages"]
+        self.learner.load(state["learner"])
+        self.record.truncate(after_step=self.learner.step)
+
+    def finish(self, save_weights: str) -> None:
+        """Evaluate at all lengths, save the weights, close the record."""
+        model, settings = self.learner.model, self.settings
+        if settings.ema:
+            self.learner.use_ema()
+        limit = position_limit(model)
+        lengths = [n for n in settings.eval_lengths if limit is None or n <= limit]
+        beyond = [n for n in settings.eval_lengths if n not in lengths]
+        reaches = {}
+        for precision in settings.eval_precisions if lengths else ():
+            result = evaluate_lengths(
+                model,
+                settings.group,
+                lengths,
+                settings.eval_sequences,
+                settings.eval_long_sequences,
+                settings.eval_batch_tokens,
+                precision,
+            )
+            for name, value, axes in result.metrics():
+                self.record.log(name, value, step=self.learner.step, tokens=self.tokens, **axes)
+            reaches[PRECISIONS[precision]] = result.reach()
+        if save_weights != "none":
+            self._save_weights(save_weights)
+        summary = {
+            "stages": self.stages,
+            "steps": self.learner.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "steps_per_second": self.learner.step / self.seconds,
+            "parameters": sum(p.numel() for p in self.learner.parameters),
+            "reach": reaches,
+            "not_possible": {str(n): f"beyond n_positions={limit}" for n in beyond},
+            "cuda_graph": self.learner.used_graph,
+        }
+        self.record.finish(summary)
+        (self.record.folder / CHECKPOINT).unlink(missing_ok=True)
+
+    def _save_weights(self, precision: str) -> None:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        model, folder = self.learner.model, self.record.folder / WEIGHTS
+        weights = {k: v.to("cpu", dtype) for k, v in model.state_dict().items()}
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
+        else:
+            folder.mkdir(exist_ok=True)
+            torch.save(weights, folder / "weights.pt")
+
+
+def check_same_training(
+    settings: StateTrackingSettings, saved: dict[str, Any], path: Path | str
+) -> None:
+    """Refuse to resume a checkpoint that was trained otherwise.
+
+    Raises:
+        ScanLMError: names the first setting that differs.
+    """
+    now = settings.model_dump(mode="json")
+    for name, value in now.items():
+        if not name.startswith(NOT_TRAINING) and saved.get(name) != value:
+            raise ScanLMError(
+                f"{path} was trained with another {name} ({saved.get(name)!r:.80}, now "
+                f"{value!r:.80}): resume with the same curriculum or choose another folder"
+            )
+
+
+def train_many(
+    settings: Sequence[StateTrackingSettings],
+    root: str | Path = "data/runs",
+    device: torch.device | str | None = None,
+    max_seconds: float | None = None,
+    max_steps: int | None = None,
+    save_weights: str = "none",
+    checkpoint_seconds: float = 240.0,
+    records: Sequence[Record] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[Record]:
+    """Train and evaluate several runs side by side; runs that are finished already are skipped.
+
+    Args:
+        settings: one entry a run.
+        root: where records are kept; a run that has a checkpoint there goes on from it.
+        device: default: the GPU if there is one.
+        max_seconds: stop after this time: unfinished runs save a checkpoint (weights and optimiser
+            in float32, 12 bytes a parameter) and go on in a later call. An evaluation that has
+            begun is finished.
+        max_steps: stop each run after so many steps of this call.
+        save_weights: of finished runs: "fp32", or "bf16" (half the size: enough to evaluate and to
+            probe, not to train on).
+        checkpoint_seconds: save all runs this often, in case the process is killed.
+        records: the runs' records, instead of those under ``root``.
+        progress: receives a line of text now and then.
+
+    Returns:
+        The records, in order.
+
+    Raises:
+        ScanLMError: a setting is out of range, or a checkpoint is of another curriculum. Nothing
+            has been trained then.
+    """
+    for entry in settings:
+        entry.check()
+    if save_weights not in SAVE_WEIGHTS:
+        raise ScanLMError(
+            f"unknown save_weights {save_weights!r}.{nearest(save_weights, SAVE_WEIGHTS)}"
+        )
+    start = time.perf_counter()
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    say = progress or (lambda line: None)
+
+    def time_is_up() -> bool:
+        return max_seconds is not None and time.perf_counter() - start >= max_seconds
+
+    opened = list(records) if records is not None else [open_run(s, root) for s in settings]
+    with torch.random.fork_rng(devices=[]):
+        trainees = [
+            _Trainee(entry, record, chosen)
+            for entry, record in zip(settings, opened, strict=True)
+            if not (record.folder / "summary.json").exists()
+        ]
+        begun = {id(t): t.learner.step for t in trainees}
+        saved_at = time.perf_counter()
+        interrupted = False
+        try:
+            active = [t for t in trainees if not t.trained]
+            while active and not time_is_up():
+                for t in active:
+                    if not t.queued:
+                        spent = t.learner.step - begun[id(t)]
+                        t.queue(None if max_steps is None else max_steps - spent)
+                    if t.ready():
+                        stage = t.stage_index
+                        t.collect()
+                        if t.diverged or t.stage_index > stage:
+                            say(_state(t))
+                active = [
+                    t
+                    for t in active
+                    if not (t.trained or t.diverged)
+                    and (max_steps is None or t.learner.step - begun[id(t)] < max_steps)
+                ]
+                if time.perf_counter() - saved_at > checkpoint_seconds:
+                    _save_all(trainees)
+                    saved_at = time.perf_counter()
+        except KeyboardInterrupt:
+            interrupted = True
+        _save_all(trainees)
+        for t in trainees:
+            if t.trained and not (interrupted or time_is_up()):
+                t.finish(save_weights)
+                say(f"{_state(t)}; evaluated")
+    return opened
+
+
+def _save_all(trainees: Sequence[_Trainee]) -> None:
+    for t in trainees:
+        if t.queued:
+            t.collect()
+        if not t.diverged:
+            t.save()
+
+
+def _state(t: _Trainee) -> str:
+    name, step = t.record.folder.name, t.learner.step
+    if t.diverged:
+        return f"{name}: diverged at step {step}"
+    if not t.stages:
+        return f"{name}: step {step}"
+    last = t.stages[-1]
+    return (
+        f"{name}: length {last['length']} ended by {last['ended_by']} after {last['steps']} steps "
+        f"({last['steps_per_second']:.0f}/s)"
+    )
+
+
+def train(settings: StateTrackingSettings, **options: Any) -> Record:
+    """One run; ``options`` as of ``train_many``."""
+    return train_many([settings], **options)[0]
+
+
+def _read_jobs(path: Path) -> list[StateTrackingSettings]:
+    """Runs of a YAML list, each entry with ``preset``, ``seeds`` and ``set`` (key: value)."""
+    jobs = []
+    for job in yaml.safe_load(path.read_text()):
+        unknown = set(job) - {"preset", "seeds", "set"}
+        if unknown:
+            name = min(unknown)
+            hint = nearest(name, ("preset", "seeds", "set"))
+            raise ScanLMError(f"{path}: unknown key {name!r}.{hint}")
+        changes = [
+            f"{k}={yaml.safe_dump(v, default_flow_style=True).removesuffix('...' + chr(10))}"
+            for k, v in job.get("set", {}).items()
+        ]
+        for seed in job.get("seeds", [0]):
+            jobs.append(preset_settings(job.get("preset", "paper"), changes, seed=seed))
+    return jobs
+
+
+def main(
+    preset: Annotated[str, typer.Option(help="paper, original, laptop or smoke")] = "paper",
+    seeds: Annotated[str, typer.Option(help="e.g. 0,1,2: one run each, side by side")] = "0",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, e.g. stages.-1.max_steps=30000")
+    ] = None,
+    jobs: Annotated[
+        Path | None, typer.Option(help="YAML list of {preset, seeds, set} instead, side by side")
+    ] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="stop and save after this time")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the records")] = Path("data/runs"),
+    save_weights: Annotated[str, typer.Option(help="of finished runs: none, bf16, fp32")] = "none",
+    device: Annotated[str | None, typer.Option(help="default: the GPU if there is one")] = None,
+) -> None:
+    """Train the state-tracking curriculum, several runs side by side.
+
+    Example: python -m scanlm.curriculum --preset smoke --seeds 0,1 --set ema=0.99
+    """
+    try:
+        if jobs is not None:
+            settings = _read_jobs(jobs)
+        else:
+            numbers = [int(s) for s in seeds.replace(",", " ").split()]
+            settings = [preset_settings(preset, set_ or (), seed=seed) for seed in numbers]
+        train_many(
+            settings,
+            root=out,
+            device=device,
+            max_seconds=max_seconds,
+            save_weights=save_weights,
+            progress=lambda line: typer.echo(line),
+        )
+    except ScanLMError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,314 @@
+"""One training step of the state-tracking task without work on the host.
+
+Everything a step needs lives on the device: the words are made from the step's number, the
+learning rate follows from the stage's step count, and loss and accuracy are summed up there. So on
+a GPU the whole step (data, forward, backward, clipping, AdamW, counters) is captured once a stage
+as a CUDA graph and replayed; the host looks at the sums every ``log_every`` steps. On a CPU the
+same functions simply run.
+
+A graph replays the same kernels on the same addresses. The first steps of a stage are therefore
+run eagerly on the run's own stream (they are ordinary training steps): kernels get tuned, the
+optimiser's state and the scan's index tensors are made, and only then is the step captured.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scanlm.curriculum_settings import Stage, StateTrackingSettings
+from scanlm.errors import ScanLMError
+from scanlm.groups import get_group, word_batch
+from scanlm.length_evaluation import check_lengths
+
+EAGER_STEPS = 3
+
+
+def build_model(settings: StateTrackingSettings, device: torch.device | str = "cpu") -> nn.Module:
+    """The run's model with the group's order as vocabulary, initialised from the run's seed."""
+    order = get_group(settings.group).order
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        if settings.model == "scan":
+            from scanlm import ScanLMConfig, ScanLMForCausalLM
+
+            try:
+                config = ScanLMConfig(**{**settings.config, "vocab_size": order})
+            except TypeError as error:
+                raise ScanLMError(f"config: {error}") from None
+            model: nn.Module = ScanLMForCausalLM(config)
+        else:
+            from scanlm.baselines import build_model as build_registered
+
+            model = build_registered(settings.model, vocab_size=order, **settings.config)
+    check_lengths(model, [stage.length for stage in settings.stages])
+    return model.to(device)
+
+
+def set_dropout(model: nn.Module, p: float, where: str = "all") -> None:
+    """Dropout probability of a whole model, or of its part ``t1`` or ``t2`` (0 elsewhere)."""
+    for name, module in model.named_modules():
+        inside = where == "all" or name.split(".")[0] == where
+        if isinstance(module, nn.Dropout):
+            module.p = p if inside else 0.0
+        if isinstance(getattr(module, "attn_pdrop", None), float):
+            module.attn_pdrop = p if inside else 0.0
+
+
+def learning_rate(stage: Stage, step: Tensor) -> Tensor:
+    """The rate of a stage's step (a float64 scalar counting from 0), on the step's device."""
+    warm = ((step + 1) / stage.warmup).clamp(max=1.0) if stage.warmup else torch.ones_like(step)
+    left = max(stage.max_steps - stage.warmup, 1)
+    done = ((step - stage.warmup) / left).clamp(0.0, 1.0)
+    if stage.schedule == "linear":
+        warm = warm * (1 - done)
+    elif stage.schedule == "cosine":
+        warm = warm * (0.5 * (1 + torch.cos(math.pi * done)))
+    return stage.lr * warm
+
+
+def folded_logits(model: Any, x: Tensor, rows: int) -> Tensor:
+    """A scan model's logits when the first ``rows`` words are folded leaf by leaf.
+
+    ``prefix(i) = T1(prefix(i - 1), x_(i-1))``: the same product under another bracketing. At
+    length L such a tree is L - 1 deep, as deep as that of a far longer word under the balanced
+    scan, so T1 learns to work on its own outputs without longer words.
+
+    Args:
+        model: a ``ScanLMForCausalLM``.
+        x: ``(b, t)`` tokens, t a multiple of the chunk size.
+        rows: how many words to fold; the others use the scan's tree.
+
+    Returns:
+        ``(b, t, order)``.
+    """
+    c = model.config.chunk_size
+    leaves = model.embed(x)
+    m = x.shape[1] // c - 1
+    if m < 1:
+        return model.lm_head(model.predict(leaves, None))
+    chunks = leaves[:, : m * c].unflatten(1, (m, c))
+    state = chunks[:rows, 0]
+    folded = [state]
+    for i in range(1, m):
+        state = model.aggregate(state, chunks[:rows, i])
+        folded.append(state)
+    parts = [torch.stack(folded, dim=1)]
+    if rows < x.shape[0]:
+        parts.append(model.prefix_states(chunks[rows:]))
+    dtype = parts[-1].dtype
+    prefixes = torch.cat([part.to(dtype) for part in parts])
+    return model.lm_head(model.predict(leaves, prefixes))
+
+
+class Learner:
+    """A model in training: parameters, optimiser and counters, all on one device."""
+
+    def __init__(self, settings: StateTrackingSettings, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+        self.group = get_group(settings.group)
+        self.model = build_model(settings, device)
+        self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        self.lr = torch.zeros((), device=device)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=self.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
+            capturable=device.type == "cuda",
+        )
+        self.ema = [p.detach().clone() for p in self.parameters] if settings.ema else []
+        # the device's counters and the host's copies of them
+        self.step_on_device = torch.zeros((), dtype=torch.int64, device=device)
+        self.stage_step_on_device = torch.zeros((), dtype=torch.float64, device=device)
+        self.step = 0
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, accuracy
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stage: Stage | None = None
+        self.used_graph = False
+        if settings.state_noise:
+            self.model.get_submodule("t1").register_forward_hook(self._add_noise)
+
+    def _add_noise(self, module: nn.Module, _inputs: Any, states: list[Tensor]) -> list[Tensor]:
+        if not module.training:
+            return states
+        return [s + self.settings.state_noise * torch.randn_like(s) for s in states]
+
+    def begin_stage(self, stage: Stage, stage_step: int = 0) -> None:
+        """Prepare a stage; nothing is captured before its first steps have run."""
+        self.stage = stage
+        self.stage_step_on_device.fill_(stage_step)
+        self.step_on_device.fill_(self.step)
+        set_dropout(self.model, stage.dropout, self.settings.dropout_in)
+        self.hits = torch.zeros(stage.length + 1, dtype=torch.int64, device=self.device)
+        self._eager_left = EAGER_STEPS
+        self._step_graph: Any = None
+        self._validation_graph: Any = None
+        self._logits: Callable[[Tensor], Tensor] = self._plain_logits
+        share = self.settings.left_fold if stage.length >= self.settings.fold_from_length else 0
+        rows = round(share * stage.batch)
+        if rows:
+            self._logits = lambda x: folded_logits(self.model, x, rows)
+        first = self.settings.compile_from_length
+        if first is not None and stage.length >= first:
+            self._logits = torch.compile(self._logits, dynamic=False)
+
+        if self.stream is not None:  # the runs' streams do not wait for the default one
+            torch.cuda.synchronize(self.device)
+
+    def _plain_logits(self, x: Tensor) -> Tensor:
+        return self.model(input_ids=x, use_cache=False).logits
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.settings.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def train_step(self) -> None:
+        """One step; reads and writes tensors only, so that it can be captured."""
+        stage, settings = self.stage, self.settings
+        assert stage is not None
+        x, y = word_batch(
+            self.group,
+            stage.batch,
+            stage.length,
+            settings.seed,
+            self.step_on_device,
+            self.device,
+            stories=settings.stories,
+        )
+        self.lr.copy_(learning_rate(stage, self.stage_step_on_device))
+        with self._autocast():
+            logits = self._logits(x)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, settings.clip, foreach=True)
+        self.optimizer.step()
+        with torch.no_grad():
+            if self.ema:
+                torch._foreach_lerp_(self.ema, self.parameters, 1 - settings.ema)
+            accuracy = (logits.argmax(-1) == y).double().mean()
+            self.sums += torch.stack([loss.detach().double(), accuracy])
+            self.step_on_device += 1
+            self.stage_step_on_device += 1
+
+    @torch.no_grad()
+    def validate_step(self) -> None:
+        """Count right answers by position, and whole words, on new words; capturable."""
+        assert self.stage is not None
+        words, length = self.settings.validation_sequences, self.stage.length
+        x, y = word_batch(
+            self.group,
+            words,
+            length,
+            self.settings.seed,
+            self.step_on_device,
+            self.device,
+            "validation",
+        )
+        with self._autocast():
+            right = self._plain_logits(x).argmax(-1) == y
+        self.hits[:length] = right.sum(0)
+        self.hits[length] = right.all(1).sum()
+
+    def advance(self, steps: int) -> None:
+        """Train; on a GPU this only queues work on the run's stream."""
+        if self.stream is None:
+            for _ in range(steps):
+                # dropout and noise from the step alone, whatever ran in between
+                torch.default_generator.manual_seed(self.settings.seed * 2**40 + self.step)
+                self._eager(self.train_step)
+                self.step += 1
+            return
+        with torch.cuda.stream(self.stream):
+            for _ in range(steps):
+                if self._eager_left:
+                    self._eager_left -= 1
+                    self._eager(self.train_step)
+                else:
+                    if self._step_graph is None:
+                        self._step_graph = self._capture(self.train_step, training=True)
+                    self._step_graph()
+                self.step += 1
+
+    def validate(self) -> None:
+        """Queue one validation; read it with ``read``."""
+        if self.stream is None:
+            self._eager(self.validate_step, training=False)
+            return
+        with torch.cuda.stream(self.stream):
+            if self._validation_graph is None:
+                self._eager(self.validate_step, training=False)
+                self._validation_graph = self._capture(self.validate_step, training=False)
+            else:
+                self._validation_graph()
+
+    def read(self, steps: int) -> tuple[float, float, list[float], float]:
+        """Wait for the queued work and take its results.
+
+        Returns:
+            Mean loss and accuracy of the last ``steps`` training steps, validation accuracy of
+            each position, and of whole words.
+        """
+        if self.stream is not None:
+            self.stream.synchronize()
+        loss, accuracy = (self.sums / steps).tolist()
+        shares = (self.hits.double() / self.settings.validation_sequences).tolist()
+        self.sums.zero_()
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).synchronize()
+        return loss, accuracy, shares[:-1], shares[-1]
+
+    def _eager(self, function: Callable[[], None], training: bool = True) -> None:
+        self.model.train(training)
+        function()
+
+    def _capture(self, function: Callable[[], None], training: bool) -> Callable[[], None]:
+        """The function as a CUDA graph; where that is not possible, the function itself."""
+        self.model.train(training)
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # entering waits for all streams; other runs go on afterwards
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                function()
+        except RuntimeError as error:
+            message = str(error).splitlines()[0]
+            warnings.warn(
+                f"no CUDA graph of this model, steps run eagerly: {message}", stacklevel=2
+            )
+            return lambda: self._eager(function, training)
+        self.used_graph = True
+        return graph.replay
+
+    def use_ema(self) -> None:
+        """Put the averaged weights into the model, for the final evaluation."""
+        with torch.no_grad():
+            for parameter, average in zip(self.parameters, self.ema, strict=bool(self.ema)):
+                parameter.copy_(average)
+
+    def state(self) -> dict[str, Any]:
+        """All that a run needs to go on, besides its settings."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from ``state()``."""
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr  # loading has replaced the tensor that steps write to
+        for average, saved in zip(self.ema, state["ema"], strict=True):
+            average.copy_(saved)

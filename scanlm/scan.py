@@ -169,12 +169,20 @@ def num_combines(n: int) -> int:
     return sum(len(plan.combines(step)) for step in range(1, len(plan.calls)))
 
 
+@lru_cache(maxsize=512)
+def _index(indices: tuple[int, ...], device: torch.device) -> Tensor:
+    """Indices on a device, copied there once: a copy from the host would stall every scan, and
+    is not allowed while a CUDA graph is captured."""
+    with torch.inference_mode(False):  # else a later backward pass could not use it
+        return torch.tensor(indices, device=device)
+
+
 def _take(x: Tensor, indices: Sequence[int]) -> Tensor:
     """Entries of dimension 1; a view where they are contiguous, else one gather."""
     first, count = indices[0], len(indices)
     if list(indices) == list(range(first, first + count)):
         return x[:, first : first + count]
-    return x.index_select(1, torch.tensor(indices, device=x.device))
+    return x.index_select(1, _index(tuple(indices), x.device))
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,8 @@ def evaluate(
     loaded = load_checkpoint(target, wanted[0], place, config=config, cache_dir=cache_dir)
     tokens = tokenized(corpus, split, loaded, tokenizer, cache_dir)
     part = tokens[split]
-    options = _resolve(loaded, part, context, seq_len, stride, original_positions, chunk_size)
+    targets = min(part.num_tokens - 1, max_tokens or part.num_tokens)
+    options = _resolve(loaded, targets, context, seq_len, stride, original_positions, chunk_size)
     options |= {"batch_size": batch_size, "precision": precision, "max_tokens": max_tokens}
     parameters = {
         "kind": "evaluation",
@@ -123,10 +124,8 @@ def evaluate(
         **options,
     }
     seed = int((loaded.run or {}).get("seed") or 0)
-    from scanlm.records import Run
-
-    run = Run.create(tokens.name, loaded.name, parameters, seed, root=root) if record else None
-    rows = []
+    run = _new_record(tokens.name, loaded.name, parameters, seed, root) if record else None
+    rows: list[dict[str, Any]] = []
     try:
         for step in wanted:
             if rows:
@@ -236,7 +235,7 @@ def _steps(target: str | Path, steps: Sequence[int | str] | str | None) -> list[
 
 def _resolve(
     loaded: Loaded,
-    part: TokenSplit,
+    targets: int,
     context: str,
     seq_len: int | None,
     stride: int | None,
@@ -249,18 +248,18 @@ def _resolve(
         trained = (loaded.run or {}).get("parameters", {}).get("seq_len")
         default = trained if isinstance(trained, int) else DEFAULT_SEQ_LEN
         seq_len = default if limit is None else min(default, limit)
-    if context == "streaming":
-        check_context(loaded.model, part.num_tokens - 1, streaming=True)
+    streaming = context == "streaming"
+    check_context(loaded.model, targets if streaming else min(seq_len, targets), streaming)
     if context == "sliding" and stride is None:
         stride = max(seq_len // 2, 1)
     if original_positions and chunk_size is None:
-        chunk_size = getattr(loaded.model.config, "chunk_size", None)
         if loaded.model.config.model_type != "scanlm":  # Mamba2 has chunks of another kind
             raise ScanLMError(
                 f"original_positions skips each chunk's first token, and {loaded.name} "
                 f"({loaded.model.config.model_type}) has no chunks: give chunk_size, that of the "
                 "scan model to compare with"
             )
+        chunk_size = int(loaded.model.config.chunk_size)
     if chunk_size is not None and not original_positions:
         raise ScanLMError(f"chunk_size={chunk_size} is for original_positions only: leave it out")
     return {"seq_len": seq_len, "stride": stride, "chunk_size": chunk_size}
@@ -278,6 +277,14 @@ def _score(
     if context == "sliding":
         return evaluate_sliding(model, tokens, seq_len, options["stride"], **common)
     return evaluate_blocks(model, tokens, seq_len, **common)
+
+
+def _new_record(
+    experiment: str, model: str, parameters: dict[str, Any], seed: int, root: str | Path
+) -> Run:
+    from scanlm.records import Run
+
+    return Run.create(experiment, model, parameters, seed, root=root)
 
 
 _METRICS = ("loss", "perplexity", "word_perplexity", "bits_per_byte")

@@ -8,6 +8,7 @@ results do.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,8 @@ def evaluate(
         **options,
     }
     seed = int((loaded.run or {}).get("seed") or 0)
-    run = _new_record(tokens.name, loaded.name, parameters, seed, root) if record else None
+    experiment = re.sub(r"[^\w.+-]+", "-", tokens.name.partition("#")[0])  # it names a folder
+    run = _new_record(experiment, loaded.name, parameters, seed, root) if record else None
     rows: list[dict[str, Any]] = []
     try:
         for step in wanted:
@@ -284,7 +286,8 @@ def _new_record(
 ) -> Run:
     from scanlm.records import Run
 
-    return Run.create(experiment, model, parameters, seed, root=root)
+    # never continue an earlier one: the weights behind its parameters may have changed
+    return Run.create(experiment, model, parameters, seed, root=root, resume=False)
 
 
 _METRICS = ("loss", "perplexity", "word_perplexity", "bits_per_byte")

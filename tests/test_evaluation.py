@@ -1,9 +1,8 @@
 """Checkpoints scored on a corpus: rows, records, comparisons, and what does not fit."""
 
+import dataclasses
 import json
 import math
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -11,8 +10,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from scanlm import ScanLMConfig, ScanLMError, ScanLMForCausalLM
-from scanlm.data import load_tokenizer, prepare
+from scanlm.data import load_corpus, load_tokenizer, prepare
 from scanlm.evaluation import compare, evaluate
+from scanlm.records import Run, read_metrics
 
 VOCAB = 257
 TEXT = "the cat sat on the mat \u2013 and the dog too\n" * 9
@@ -68,33 +68,6 @@ def make_run(folder, steps=(5, 10), **parameters):
     for step in steps:
         gpt2(seed=step).save_pretrained(folder / f"checkpoint-{step}")
     return folder
-
-
-class FakeRun:
-    """The part of ``scanlm.records.Run`` that an evaluation uses, kept in memory."""
-
-    last: "FakeRun"
-
-    def __init__(self, *args, root):
-        self.args, self.folder, self.lines, self.end = args, root / args[0] / "r", [], None
-        FakeRun.last = self
-
-    create = classmethod(lambda cls, *args, **kwargs: cls(*args, **kwargs))
-
-    def log(self, name, value, **axes):
-        self.lines.append({"name": name, "value": value, **axes})
-
-    def finish(self, summary, status="finished"):
-        self.end = (status, summary)
-
-    def fail(self, status, message):
-        self.end = (status, message)
-
-
-@pytest.fixture
-def fake_run(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scanlm.records", types.SimpleNamespace(Run=FakeRun))
-    return FakeRun
 
 
 def test_gpt2_agrees_with_the_loss_of_transformers(check, tmp_path):
@@ -190,36 +163,56 @@ def test_several_checkpoints_of_a_run(check, tmp_path):
     assert [row["step"] for row in check(run)] == [20]
 
 
-def test_a_record_holds_the_figures(check, fake_run, tmp_path):
+def test_a_record_holds_the_figures(check, tmp_path):
     rows = check(make_run(tmp_path / "run"), steps="all", record=True)
-    run = fake_run.last
-    experiment, model, parameters, seed = run.args
-    assert (experiment, model, seed) == ("cats", "cat", 3)
-    assert parameters["kind"] == "evaluation"
-    assert parameters["target"] == "cat-s3-00000000"
+    folder = rows[0]["record"]
+    assert {row["record"] for row in rows} == {folder}
+    run = Run.open(folder)
+    assert (run.status, run.summary["loss"]) == ("finished", rows[-1]["loss"])
+    assert {run.info[name] for name in ("experiment", "model", "seed")} == {"cats", "cat", 3}
+    parameters = run.info["parameters"]
+    assert (parameters["kind"], parameters["target"]) == ("evaluation", "cat-s3-00000000")
     assert str(tmp_path) not in json.dumps(parameters)  # no path of this machine
+    metrics = read_metrics(folder)
     for row in rows:
-        axes = {"split": "test", "step": row["step"]}
+        here = metrics[(metrics["step"] == row["step"]) & (metrics["split"] == "test")]
+        whole = here[here["position"].isna()].set_index("name")
         for name in ("loss", "perplexity", "word_perplexity", "bits_per_byte"):
-            line = {"name": name, "value": row[name], **axes, "n": row["num_tokens"]}
-            assert line in run.lines
-        at = [x["value"] for x in run.lines if x["step"] == row["step"] and "position" in x]
-        assert at == row["loss_by_position"].tolist()
-        assert row["record"] == str(run.folder)
-    json.dumps(run.lines)
-    status, summary = run.end
-    assert status == "finished"
-    assert summary["loss"] == rows[-1]["loss"]
+            assert whole["value"][name] == row[name]
+            assert whole["n"][name] == row["num_tokens"]
+        by_position = here[here["position"].notna()]
+        assert by_position["value"].tolist() == row["loss_by_position"].tolist()
+        assert by_position["n"].tolist() == row["counts_by_position"].tolist()
 
 
-def test_a_failed_evaluation_is_recorded_as_failed(check, fake_run, tmp_path, monkeypatch):
+def test_the_same_evaluation_again_is_another_record(check, tmp_path):
+    target = saved(gpt2(), tmp_path / "m")
+    (first,), (second,) = check(target, record=True), check(target, record=True)
+    assert first["record"] != second["record"]
+    assert first["loss"] == second["loss"]
+
+
+def test_a_slice_of_a_corpus_is_recorded_under_its_corpus(check, corpus, tmp_path):
+    target = saved(gpt2(), tmp_path / "m")
+    source = load_corpus(corpus)
+    tokens = prepare(source, "bytes", tmp_path / "cache", splits=["test"])
+    tokens = dataclasses.replace(tokens, name="cats#test=train[:50%]")
+    (row,) = evaluate(target, tokens, root=tmp_path / "runs")
+    run = Run.open(row["record"])
+    assert run.info["experiment"] == "cats"
+    assert run.info["parameters"]["corpus"] == "cats#test=train[:50%]"
+
+
+def test_a_failed_evaluation_is_recorded_as_failed(check, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise ScanLMError("the loss is nan at token 3")
 
     monkeypatch.setattr("scanlm.evaluation.evaluate_blocks", fail)
     with pytest.raises(ScanLMError, match="nan at token 3"):
         check(saved(gpt2(), tmp_path / "m"), record=True)
-    assert fake_run.last.end == ("failed", "the loss is nan at token 3")
+    (folder,) = (tmp_path / "runs" / "cats").iterdir()
+    run = Run.open(folder)
+    assert (run.status, run.info["message"]) == ("failed", "the loss is nan at token 3")
 
 
 def test_compare_sorts_by_loss(corpus, tmp_path):

@@ -1,0 +1,480 @@
+"""Run records: what ran, where, with which result; written as it happens, read into pandas.
+
+A run is a folder ``<root>/<experiment>/<run_id>/``:
+
+    run.json        what, with which parameters, code, versions and device, and how it ended
+    metrics.jsonl   one JSON object a line, appended as the run goes
+    summary.json    the final figures; it exists if and only if the run finished
+    checkpoint-*/   weights, if any
+
+``run.json`` and ``summary.json`` are written by atomic rename. A line of metrics is flushed when it
+is logged, and readers ignore a last line that a crash cut short. JSON has no NaN: a value that is
+not finite is stored as ``"value": null`` with ``"value_text"`` "nan", "inf" or "-inf", and read
+back as that number. An exported run is one JSON file with the same content and no machine's paths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scanlm.errors import ScanLMError, nearest
+from scanlm.provenance import command, device_info, git_state, versions
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+STATUSES = ("running", "finished", "failed", "interrupted", "diverged")
+RUN_FILE, METRICS_FILE, SUMMARY_FILE = "run.json", "metrics.jsonl", "summary.json"
+_IDENTITY = ("run_id", "experiment", "model", "seed")
+# an absolute path (POSIX, home or Windows) at the start of a word; the last part is kept
+_PRIVATE = re.compile(r"(?<![^\s=\"'(,\[])(?:~|[A-Za-z]:(?=[\\/]))?(?:[\\/][^\s\\/\"',)\]]+)*[\\/]")
+
+
+def run_id(model: str, parameters: Mapping[str, Any], seed: int) -> str:
+    """``<model>-s<seed>-<8 hex of the parameters>``: the same settings find their run again."""
+    text = json.dumps(_plain(parameters), sort_keys=True)
+    safe = re.sub(r"[^\w.-]+", "-", model).strip("-.") or "model"
+    return f"{safe}-s{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+class Run:
+    """One run's folder, open for writing.
+
+    Attributes:
+        folder: where it is.
+        info: the content of ``run.json``.
+    """
+
+    def __init__(self, folder: Path, info: dict[str, Any]) -> None:
+        self.folder = folder
+        self.info = info
+        self._repaired = False
+
+    @classmethod
+    def create(
+        cls,
+        experiment: str,
+        model: str,
+        parameters: Mapping[str, Any],
+        seed: int,
+        root: str | Path = "data/runs",
+        run_id: str | None = None,
+        resume: bool = True,
+    ) -> Run:
+        """A new run, or the one of these settings that is there already.
+
+        Args:
+            experiment: see design.md for the names the experiments share.
+            model: registry id, or what else names the model.
+            parameters: everything that decides the result.
+            seed: of all random numbers.
+            root: the folder of all runs.
+            run_id: default ``run_id(model, parameters, seed)``.
+            resume: an existing run is returned as it is if it has finished (``run.finished``; it
+                cannot be written to), else continued. If False a new folder beside it is taken
+                (``<run_id>-2``, ...), so nothing is ever overwritten.
+
+        Raises:
+            ScanLMError: the folder cannot be written, or holds a run of other parameters.
+        """
+        for what, name in (("experiment", experiment), ("run_id", run_id or "unnamed")):
+            if not re.fullmatch(r"[\w][\w.+-]*", name):
+                raise ScanLMError(
+                    f"{what}={name!r}: expected letters, digits, '.', '_' or '-', since it names "
+                    "a folder"
+                )
+        identity = run_id or globals()["run_id"](model, parameters, seed)
+        folder = Path(root) / experiment / identity
+        if not resume:
+            folder = _unused(folder)
+        fresh = {
+            "run_id": folder.name,
+            "experiment": experiment,
+            "model": model,
+            "parameters": _plain(parameters),
+            "seed": seed,
+            "command": command(),
+            **git_state(),
+            "versions": versions(),
+            "device": device_info(),
+            "started": _now(),
+            "finished": None,
+            "status": "running",
+        }
+        if (folder / RUN_FILE).is_file():
+            run = cls.open(folder)
+            for name in ("model", "seed", "parameters"):
+                if run.info.get(name) != fresh[name]:
+                    raise ScanLMError(
+                        f"{folder} holds a run of another {name}: choose another run_id or "
+                        "another output folder"
+                    )
+            if run.finished:
+                return run
+            # a resumed run is described by the code and machine that continue it
+            fresh["started"] = run.info.get("started") or fresh["started"]
+            fresh["resumed"] = [*run.info.get("resumed", []), _now()]
+        run = cls(folder, fresh)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            run._write_info()
+        except OSError as error:
+            raise ScanLMError(
+                f"cannot write to {folder}: {error.strerror or error}; choose another output "
+                "folder or make this one writable"
+            ) from error
+        return run
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """The run in a folder.
+
+        Raises:
+            ScanLMError: there is none, or its ``run.json`` is damaged.
+        """
+        folder = Path(folder)
+        return cls(folder, _read_json(folder / RUN_FILE))
+
+    @property
+    def run_id(self) -> str:
+        """Name of the folder and of the exported file."""
+        return str(self.info["run_id"])
+
+    @property
+    def status(self) -> str:
+        """One of ``STATUSES``."""
+        return str(self.info["status"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end; a finished run cannot be written to."""
+        return self.status == "finished" and (self.folder / SUMMARY_FILE).is_file()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The final figures; empty before the end."""
+        path = self.folder / SUMMARY_FILE
+        return _read_json(path) if path.is_file() else {}
+
+    def log(self, name: str, value: float, **axes: Any) -> None:
+        """Append one metric: a number and the axes that apply (``step``, ``tokens``, ...)."""
+        self._check_open()
+        line = json.dumps({"name": name, **_encode(float(value)), **_plain(axes)})
+        path = self.folder / METRICS_FILE
+        if not self._repaired:
+            _drop_partial_line(path)
+            self._repaired = True
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def truncate(self, after_step: int) -> None:
+        """Drop metrics of steps after ``after_step``: they will be measured again."""
+        self._check_open()
+        path = self.folder / METRICS_FILE
+        if not path.is_file():
+            return
+        kept = [m for m in _read_lines(path) if (m.get("step") or 0) <= after_step]
+        _write(path, "".join(json.dumps(metric) + "\n" for metric in kept))
+
+    def finish(self, summary: Mapping[str, Any], status: str = "finished") -> None:
+        """Write the final figures and how the run ended."""
+        self._check_open()
+        _check_status(status)
+        _write(self.folder / SUMMARY_FILE, _dump(_plain(summary)))
+        self._end(status)
+
+    def fail(self, status: str, message: str) -> None:
+        """End without a result: "failed", "interrupted" or "diverged", and why."""
+        self._check_open()
+        _check_status(status)
+        self.info["message"] = message
+        self._end(status)
+
+    def update(self, **parameters: Any) -> None:
+        """Add facts that are known only later to ``run.json`` (not part of the run's identity)."""
+        self._check_open()
+        self.info.update(_plain(parameters))
+        self._write_info()
+
+    def _end(self, status: str) -> None:
+        self.info |= {"status": status, "finished": _now()}
+        self._write_info()
+
+    def _write_info(self) -> None:
+        _write(self.folder / RUN_FILE, _dump(self.info))
+
+    def _check_open(self) -> None:
+        if self.finished:
+            raise ScanLMError(
+                f"run {self.folder} has finished and is not written to again: remove the folder "
+                "to repeat it"
+            )
+
+
+def read_runs(*paths: str | Path) -> pd.DataFrame:
+    """One row a run, from run folders (found recursively) and exported files.
+
+    Columns: the fields of ``run.json`` (``parameters``, ``versions`` and ``device`` as dicts),
+    ``summary`` (dict), each parameter and final figure also by itself as ``parameters.<name>`` and
+    ``summary.<name>``, and ``path``.
+
+    Raises:
+        ScanLMError: a path that does not exist or a damaged record.
+    """
+    import pandas as pd
+
+    rows = []
+    for path, record in _records(paths):
+        row = {name: value for name, value in record.items() if name != "metrics"}
+        for group in ("parameters", "summary"):
+            row |= {f"{group}.{name}": value for name, value in (row.get(group) or {}).items()}
+        rows.append(row | {"path": str(path)})
+    return pd.DataFrame(rows, columns=None if rows else [*_IDENTITY, "status", "path"])
+
+
+def read_metrics(*paths: str | Path) -> pd.DataFrame:
+    """One row a metric: ``run_id, experiment, model, seed, name, value`` and the metrics' axes.
+
+    A metric's own ``model``, ``seed`` or other axis wins over its run's; ``chunk_size`` and the
+    like are filled in from the run's parameters where the metric does not have them.
+    """
+    import pandas as pd
+
+    rows = []
+    for _, record in _records(paths):
+        identity = {name: record.get(name) for name in _IDENTITY}
+        parameters = record.get("parameters") or {}
+        config = parameters.get("config") or {}
+        for name in ("chunk_size", "corpus"):
+            value = parameters.get(name, config.get(name))
+            if value is not None:
+                identity[name] = value
+        for metric in record["metrics"]:
+            values = {key: value for key, value in metric.items() if key != "value_text"}
+            rows.append({**identity, **values, "value": _decode(metric)})
+    return pd.DataFrame(rows, columns=None if rows else [*_IDENTITY, "name", "value"])
+
+
+def export(run_folder: str | Path, results: str | Path = "data/results") -> Path:
+    """Write a finished run, without weights and private paths, to one JSON file.
+
+    Returns:
+        ``<results>/<experiment>/<run_id>.json``; exporting again writes the same bytes.
+
+    Raises:
+        ScanLMError: no run there, one that has not finished, or a folder that cannot be written.
+    """
+    run = Run.open(run_folder)
+    if not run.finished:
+        raise ScanLMError(
+            f"run {run.folder} has status {run.status!r}: only finished runs are exported; "
+            "continue it with the command that started it"
+        )
+    record = _without_paths(run.info) | {"summary": _without_paths(run.summary)}
+    metrics = [json.dumps(_without_paths(m)) for m in _read_lines(run.folder / METRICS_FILE)]
+    text = _dump(record).rstrip().removesuffix("}").rstrip()
+    listed = ",\n".join(f"    {metric}" for metric in metrics)
+    text += ',\n  "metrics": [' + (f"\n{listed}\n  ]" if metrics else "]") + "\n}\n"
+    path = Path(results) / str(run.info["experiment"]) / f"{run.run_id}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, text)
+    except OSError as error:
+        raise ScanLMError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
+def source_line(run: Run | Mapping[str, Any] | pd.Series) -> str:
+    """One line for captions: model, training, device, versions, seed and commit.
+
+    Args:
+        run: a run, a record, or a row of ``read_runs``.
+    """
+    record: Any = {**run.info, "summary": run.summary} if isinstance(run, Run) else run
+    summary = _mapping(record.get("summary"))
+    device, used = _mapping(record.get("device")), _mapping(record.get("versions"))
+    parts = [str(record.get("model"))]
+    steps = summary.get("steps", summary.get("step"))
+    if steps is not None:
+        parts.append(f"{int(steps):,} steps")
+    if summary.get("tokens") is not None:
+        parts.append(f"{int(summary['tokens']):,} tokens")
+    if device:
+        count = device.get("count") or 1
+        parts.append((f"{count} x " if count > 1 else "") + str(device.get("name")))
+    named = [f"{n} {used[n]}" for n in ("torch", "transformers", "scanlm") if used.get(n)]
+    parts += [", ".join(named)] if named else []
+    parts.append(f"seed {record.get('seed')}")
+    commit = record.get("git_commit")
+    if isinstance(commit, str):
+        parts.append(f"commit {commit[:8]}{' (modified)' if record.get('git_dirty') else ''}")
+    return "; ".join(parts)
+
+
+# Reading
+
+
+def _records(paths: Iterable[str | Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every record below the paths, each once, in the order of paths and names."""
+    seen = set()
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ScanLMError(f"no run or exported record at {path}: no such file or folder")
+        for found in _find(path):
+            if found.resolve() not in seen:
+                seen.add(found.resolve())
+                yield found, _read_record(found)
+
+
+def _find(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path.parent if path.name == RUN_FILE else path]
+    if (path / RUN_FILE).is_file():
+        return [path]
+    runs = [file.parent for file in path.rglob(RUN_FILE)]
+    exported = [
+        file
+        for file in path.rglob("*.json")
+        if not any(run in file.parents for run in runs) and _is_exported(file)
+    ]
+    return sorted([*runs, *exported])
+
+
+def _is_exported(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(content, dict) and {"run_id", "metrics"} <= content.keys()
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        run = Run.open(path)
+        lines = list(_read_lines(path / METRICS_FILE))
+        return run.info | {"summary": run.summary, "metrics": lines}
+    record = _read_json(path)
+    if not {"run_id", "metrics"} <= record.keys():
+        raise ScanLMError(f"{path} is no exported run: it has no run_id and metrics")
+    return record
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The metrics of a file, without a last line that was cut short."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ScanLMError(f"{path}, line {number} is not JSON: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ScanLMError(f"no run record at {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ScanLMError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ScanLMError(f"{path} must hold one JSON object, got {type(content).__name__}")
+    return content
+
+
+# Writing
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file as a whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _drop_partial_line(path: Path) -> None:
+    """Cut off what a crash left of a line, so that the next one does not continue it."""
+    if not path.is_file() or not (content := path.read_bytes()) or content.endswith(b"\n"):
+        return
+    os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def _dump(content: Any) -> str:
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's types; numbers of numpy and torch as numbers, not finite ones as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if not isinstance(value, float) and hasattr(value, "item"):
+        return _plain(value.item())
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(value)
+    return str(value)
+
+
+def _encode(value: float) -> dict[str, Any]:
+    return {"value": value} if math.isfinite(value) else {"value": None, "value_text": str(value)}
+
+
+def _decode(metric: Mapping[str, Any]) -> float:
+    value = metric.get("value")
+    return float(metric.get("value_text", "nan")) if value is None else float(value)
+
+
+def _without_paths(value: Any) -> Any:
+    """Every string without the folders of absolute paths."""
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    return _PRIVATE.sub("", value) if isinstance(value, str) else value
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _unused(folder: Path) -> Path:
+    number, candidate = 1, folder
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def _check_status(status: str) -> None:
+    if status not in STATUSES:
+        raise ScanLMError(f"unknown status {status!r}.{nearest(status, STATUSES)}")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+__all__ = ["STATUSES", "Run", "export", "read_metrics", "read_runs", "run_id", "source_line"]

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from scanlm.dcp import check_fit, convert, converted_folder, is_dcp, one_line
+from scanlm.dcp import check_fit, convert, is_dcp, one_line
 from scanlm.errors import ScanLMError, nearest
 
+FLA_TYPES = ("gla", "gated_deltanet")
 _STEP = re.compile(r"(?:checkpoint|step)-(\d+)(?:-hf)?")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
@@ -67,7 +69,7 @@ def load_checkpoint(
         step: which of a run's checkpoints: its step, "latest" (the default) or "best".
         device: where to put the model; default the CPU.
         dtype: of the weights; default as they are stored.
-        config: for a distributed checkpoint: a ``config.json``, its folder, or a registry id.
+        config: for a distributed checkpoint: its ``config.json`` or the folder of that.
         cache_dir: where tokenizers are kept that a run names and does not hold.
 
     Raises:
@@ -171,13 +173,21 @@ def check_finite(model: torch.nn.Module, where: str) -> None:
             )
 
 
-def model_class(model_type: str) -> Any:
-    """The class that ``from_pretrained`` is called on.
+def register_family(model_type: str) -> None:
+    """Make transformers' Auto classes know the models of flash-linear-attention, if it is one.
 
     Raises:
-        ScanLMError: an unknown type.
+        ScanLMError: that package is not installed.
     """
-    return AutoModelForCausalLM
+    if model_type not in FLA_TYPES:
+        return
+    try:
+        import_module("fla.models")
+    except ImportError as error:
+        raise ScanLMError(
+            f"a {model_type} model needs flash-linear-attention and a GPU ({one_line(error)}): "
+            "install flash-linear-attention[cuda]"
+        ) from error
 
 
 def _load_model(folder: Path | str, dtype: torch.dtype | None) -> Any:
@@ -185,9 +195,10 @@ def _load_model(folder: Path | str, dtype: torch.dtype | None) -> Any:
     if isinstance(folder, Path):
         _check_files(folder)
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    auto: Any = AutoModelForCausalLM  # its annotation leaves out output_loading_info
     try:
         config = AutoConfig.from_pretrained(folder)
-        model, info = model_class(config.model_type).from_pretrained(
+        model, info = auto.from_pretrained(
             folder,
             config=config,
             output_loading_info=True,
@@ -211,13 +222,7 @@ def _load_model(folder: Path | str, dtype: torch.dtype | None) -> Any:
 
 def _check_files(folder: Path) -> None:
     """Refuse damaged files before a loader meets them."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ScanLMError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ScanLMError(f"{path} names no model_type: it is not a model's configuration")
+    register_family(_model_type(folder / "config.json"))
     weights = sorted(folder.glob("*.safetensors"))
     if not weights and not list(folder.glob("*.bin")):
         raise ScanLMError(
@@ -235,14 +240,26 @@ def _check_files(folder: Path) -> None:
             ) from error
 
 
+def _model_type(path: Path) -> str:
+    """The type of model that a ``config.json`` describes."""
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ScanLMError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ScanLMError(f"{path} names no model_type: it is not a model's configuration")
+    return str(config["model_type"])
+
+
 def _builder(config: str | Path) -> tuple[Any, str]:
     """How to make an empty model, and the text that decides what it is like."""
     path = Path(config).expanduser()
     path = path / "config.json" if path.is_dir() else path
-    if path.is_file() and path.suffix == ".json":
-        text = path.read_text()
+    if path.is_file():
+        text, kind = path.read_text(), _model_type(path)
 
         def from_config() -> Any:
+            register_family(kind)
             try:
                 parsed = AutoConfig.from_pretrained(path)
                 return AutoModelForCausalLM.from_config(parsed)
@@ -250,10 +267,10 @@ def _builder(config: str | Path) -> tuple[Any, str]:
                 raise ScanLMError(f"cannot build a model from {path}: {one_line(error)}") from error
 
         return from_config, text
-    from scanlm.baselines import build_model, load_entry
-
-    entry = load_entry(config)
-    return lambda: build_model(entry), json.dumps(entry.config, sort_keys=True) + entry.family
+    raise ScanLMError(
+        f"config={str(config)!r} is no file: give the config.json of the model that was "
+        "trained, or its folder"
+    )
 
 
 def _load_tokenizer(
@@ -365,4 +382,4 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-__all__ = ["Loaded", "checkpoints", "converted_folder", "load_checkpoint", "model_class", "resolve"]
+__all__ = ["Loaded", "checkpoints", "load_checkpoint", "resolve"]

@@ -61,7 +61,7 @@ def convert(folder: Path, build: Any, config_text: str | None) -> Path:
     if config_text is None:
         raise ScanLMError(
             f"{folder} is a distributed checkpoint (DCP), which does not hold its model's "
-            "configuration: give it with config= (--config), a config.json or a registry id"
+            "configuration: give its config.json with config= (--config)"
         )
     model = build()
     fill(model, read_model_tensors(folder, model.state_dict()), str(folder))

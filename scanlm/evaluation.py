@@ -80,7 +80,7 @@ def evaluate(
         chunk_size: for ``original_positions``; default the model's own.
         device: default the GPU if there is one.
         precision: autocast to "fp32", "bf16" or "fp16"; default the weights' own.
-        config: for a distributed checkpoint: ``config.json`` or a registry id.
+        config: for a distributed checkpoint: its ``config.json``.
         tokenizer: for a model that comes without one: what ``load_tokenizer`` takes.
         max_tokens: score only the first so many tokens.
         cache_dir: where token files are.

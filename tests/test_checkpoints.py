@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -197,7 +198,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_distributed_checkpoint_without_its_config(tmp_path):
     message = error_of(save_dcp(gpt2(), tmp_path / "step-30"))
-    assert "does not hold its model's configuration: give it with config=" in message
+    assert "does not hold its model's configuration: give its config.json with config=" in message
 
 
 def test_a_distributed_checkpoint_with_the_config_of_another_model(tmp_path):
@@ -221,6 +222,14 @@ def test_a_truncated_distributed_checkpoint(tmp_path):
     assert message.startswith(f"cannot read the distributed checkpoint {folder}")
     (folder / ".metadata").unlink()
     assert "without its .metadata file" in error_of(folder, config=tmp_path / "config.json")
+
+
+def test_a_config_that_is_not_there(tmp_path):
+    folder = save_dcp(gpt2(), tmp_path / "step-30")
+    message = error_of(folder, config=tmp_path / "config.json")
+    assert message.endswith("give the config.json of the model that was trained, or its folder")
+    (tmp_path / "config.json").write_text("[")
+    assert "config.json is not JSON" in error_of(folder, config=tmp_path / "config.json")
 
 
 def test_a_config_for_a_folder_that_has_one(tmp_path):
@@ -282,6 +291,15 @@ def test_a_damaged_config(tmp_path):
     assert "names no model_type" in error_of(tmp_path / "m")
     (tmp_path / "m" / "config.json").write_text('{"model_type": "gpt2x"}')
     assert "gpt2x" in error_of(tmp_path / "m")
+
+
+def test_a_family_without_its_package(tmp_path, monkeypatch):
+    gpt2().save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text('{"model_type": "gla"}')
+    monkeypatch.setitem(sys.modules, "fla.models", None)
+    message = error_of(tmp_path / "m")
+    assert message.startswith("a gla model needs flash-linear-attention")
+    assert message.endswith("install flash-linear-attention[cuda]")
 
 
 def test_weights_of_another_model(tmp_path):

@@ -79,13 +79,9 @@ class Record(Protocol):
 
 def open_run(settings: StateTrackingSettings, root: str | Path = "data/runs") -> Record:
     """The record of these settings: the one that exists (to go on with), or a new one."""
-    from scanlm.records import Run, run_id
+    from scanlm.records import Run
 
     parameters = settings.model_dump(mode="json", exclude={"model", "seed"})
-    identity = run_id(settings.model, parameters, settings.seed)
-    folder = Path(root) / settings.experiment / identity
-    if (folder / CHECKPOINT).exists() or (folder / "summary.json").exists():
-        return Run.open(folder)
     return Run.create(settings.experiment, settings.model, parameters, settings.seed, root=root)
 
 
@@ -213,7 +209,7 @@ class _Trainee:
         model, settings = self.learner.model, self.settings
         if settings.ema:
             self.learner.use_ema()
-        limit = position_limit(model)
+        limit = position_limit(model, settings.start_token)
         lengths = [n for n in settings.eval_lengths if limit is None or n <= limit]
         beyond = [n for n in settings.eval_lengths if n not in lengths]
         reaches = {}
@@ -226,6 +222,7 @@ class _Trainee:
                 settings.eval_long_sequences,
                 settings.eval_batch_tokens,
                 precision,
+                start_token=settings.start_token,
             )
             for name, value, axes in result.metrics():
                 self.record.log(name, value, step=self.learner.step, tokens=self.tokens, **axes)

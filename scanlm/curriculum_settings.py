@@ -62,6 +62,7 @@ class StateTrackingSettings(BaseModel):
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=1.0, gt=0)
     precision: Literal["bf16", "fp32"] = "bf16"  # autocast; weights are float32 either way
+    start_token: bool = False  # read the identity first; why: length_evaluation.word_logits
     stories: int | None = Field(default=None, ge=1)  # fixed words repeated for epochs
     ema: float = Field(default=0.0, ge=0, lt=1)  # decay of the averaged weights; 0: none
 
@@ -147,6 +148,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # decay to 0: the only setting tried whose accuracy held far beyond the trained lengths
     "paper": {
         "config": SCAN_S5,
+        "start_token": True,
         "stages": [
             *_grow((2, 3, 4, 6, 8), 15_000, lr=1e-4),
             *_grow((12,), 6_000, lr=3e-4, dropout=0.1),
@@ -170,6 +172,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "laptop": {
         "config": {**SCAN_S5, "n_embd": 128, "n_head": 4},
         "group": "S4",
+        "start_token": True,
         "precision": "fp32",
         "eval_lengths": [n for n in LENGTHS if n <= 512],
         "eval_sequences": 1000,
@@ -183,6 +186,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "config": {**SCAN_S5, "n_embd": 32, "n_head": 2},
         "group": "Z2",
+        "start_token": True,
         "precision": "fp32",
         "log_every": 25,
         "validation_sequences": 256,

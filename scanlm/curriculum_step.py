@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from scanlm.curriculum_settings import Stage, StateTrackingSettings
 from scanlm.errors import ScanLMError
 from scanlm.groups import get_group, word_batch
-from scanlm.length_evaluation import check_lengths
+from scanlm.length_evaluation import check_lengths, word_logits
 
 EAGER_STEPS = 3
 
@@ -47,7 +47,7 @@ def build_model(settings: StateTrackingSettings, device: torch.device | str = "c
             from scanlm.baselines import build_model as build_registered
 
             model = build_registered(settings.model, vocab_size=order, **settings.config)
-    check_lengths(model, [stage.length for stage in settings.stages])
+    check_lengths(model, [s.length for s in settings.stages], settings.start_token)
     return model.to(device)
 
 
@@ -73,7 +73,7 @@ def learning_rate(stage: Stage, step: Tensor) -> Tensor:
     return stage.lr * warm
 
 
-def folded_logits(model: Any, x: Tensor, rows: int) -> Tensor:
+def folded_logits(model: Any, x: Tensor, rows: int, start_token: bool = False) -> Tensor:
     """A scan model's logits when the first ``rows`` words are folded leaf by leaf.
 
     ``prefix(i) = T1(prefix(i - 1), x_(i-1))``: the same product under another bracketing. At
@@ -82,17 +82,20 @@ def folded_logits(model: Any, x: Tensor, rows: int) -> Tensor:
 
     Args:
         model: a ``ScanLMForCausalLM``.
-        x: ``(b, t)`` tokens, t a multiple of the chunk size.
+        x: ``(b, t)`` tokens; with the start token a multiple of the chunk size.
         rows: how many words to fold; the others use the scan's tree.
+        start_token: see ``word_logits``.
 
     Returns:
         ``(b, t, order)``.
     """
     c = model.config.chunk_size
+    if start_token:
+        x = torch.cat([torch.zeros_like(x[:, :1]), x], dim=1)
     leaves = model.embed(x)
     m = x.shape[1] // c - 1
     if m < 1:
-        return model.lm_head(model.predict(leaves, None))
+        return model.lm_head(model.predict(leaves, None))[:, start_token:]
     chunks = leaves[:, : m * c].unflatten(1, (m, c))
     state = chunks[:rows, 0]
     folded = [state]
@@ -104,7 +107,7 @@ def folded_logits(model: Any, x: Tensor, rows: int) -> Tensor:
         parts.append(model.prefix_states(chunks[rows:]))
     dtype = parts[-1].dtype
     prefixes = torch.cat([part.to(dtype) for part in parts])
-    return model.lm_head(model.predict(leaves, prefixes))
+    return model.lm_head(model.predict(leaves, prefixes))[:, start_token:]
 
 
 class Learner:
@@ -155,7 +158,7 @@ class Learner:
         share = self.settings.left_fold if stage.length >= self.settings.fold_from_length else 0
         rows = round(share * stage.batch)
         if rows:
-            self._logits = lambda x: folded_logits(self.model, x, rows)
+            self._logits = lambda x: folded_logits(self.model, x, rows, self.settings.start_token)
         first = self.settings.compile_from_length
         if first is not None and stage.length >= first:
             self._logits = torch.compile(self._logits, dynamic=False)
@@ -164,7 +167,7 @@ class Learner:
             torch.cuda.synchronize(self.device)
 
     def _plain_logits(self, x: Tensor) -> Tensor:
-        return self.model(input_ids=x, use_cache=False).logits
+        return word_logits(self.model, x, self.settings.start_token)
 
     def _autocast(self) -> torch.autocast:
         enabled = self.settings.precision == "bf16"

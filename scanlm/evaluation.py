@@ -125,7 +125,8 @@ def evaluate(
         **options,
     }
     seed = int((loaded.run or {}).get("seed") or 0)
-    experiment = re.sub(r"[^\w.+-]+", "-", tokens.name.partition("#")[0])  # it names a folder
+    base = tokens.name.partition("#")[0].replace("wikitext-", "wikitext")
+    experiment = re.sub(r"[^\w.-]+", "-", base).strip("-.") or "corpus"  # it names a folder
     run = _new_record(experiment, loaded.name, parameters, seed, root) if record else None
     rows: list[dict[str, Any]] = []
     try:

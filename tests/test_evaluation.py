@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from scanlm import ScanLMConfig, ScanLMError, ScanLMForCausalLM
-from scanlm.data import load_corpus, load_tokenizer, prepare
+from scanlm.data import load_tokenizer, prepare
 from scanlm.evaluation import compare, evaluate
 from scanlm.records import Run, read_metrics
 
@@ -192,15 +192,18 @@ def test_the_same_evaluation_again_is_another_record(check, tmp_path):
     assert first["loss"] == second["loss"]
 
 
-def test_a_slice_of_a_corpus_is_recorded_under_its_corpus(check, corpus, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "experiment"),
+    [("cats#test=train[:50%]", "cats"), ("wikitext-103", "wikitext103"), ("my cats", "my-cats")],
+)
+def test_the_experiment_is_named_after_the_corpus(name, experiment, corpus, tmp_path):
     target = saved(gpt2(), tmp_path / "m")
-    source = load_corpus(corpus)
-    tokens = prepare(source, "bytes", tmp_path / "cache", splits=["test"])
-    tokens = dataclasses.replace(tokens, name="cats#test=train[:50%]")
+    tokens = prepare(corpus, "bytes", tmp_path / "cache", splits=["test"])
+    tokens = dataclasses.replace(tokens, name=name)
     (row,) = evaluate(target, tokens, root=tmp_path / "runs")
     run = Run.open(row["record"])
-    assert run.info["experiment"] == "cats"
-    assert run.info["parameters"]["corpus"] == "cats#test=train[:50%]"
+    assert run.info["experiment"] == experiment
+    assert run.info["parameters"]["corpus"] == name
 
 
 def test_a_failed_evaluation_is_recorded_as_failed(check, tmp_path, monkeypatch):

@@ -113,15 +113,13 @@ class _Trainee:
     def trained(self) -> bool:
         return self.stage_index == len(self.settings.stages)
 
-    def queue(self, limit: int | None) -> None:
+    def queue(self) -> None:
         """Start the steps up to the next record (on a CPU: do them)."""
         self.started = time.perf_counter()
         self.queued = min(
             self.settings.log_every - self.stage_step % self.settings.log_every,
             self.stage.max_steps - self.stage_step,
         )
-        if limit is not None:
-            self.queued = min(self.queued, limit)
         self.learner.advance(self.queued)
         self.learner.validate()
         if self.learner.stream is not None:
@@ -237,7 +235,7 @@ class _Trainee:
             "steps_per_second": self.learner.step / self.seconds,
             "parameters": sum(p.numel() for p in self.learner.parameters),
             "reach": reaches,
-            "not_possible": {str(n): f"beyond n_positions={limit}" for n in beyond},
+            "not_possible": {str(n): f"beyond the {limit} positions of the model" for n in beyond},
             "cuda_graph": self.learner.used_graph,
         }
         self.record.finish(summary)
@@ -291,7 +289,7 @@ def train_many(
         max_seconds: stop after this time: unfinished runs save a checkpoint (weights and optimiser
             in float32, 12 bytes a parameter) and go on in a later call. An evaluation that has
             begun is finished.
-        max_steps: stop each run after so many steps of this call.
+        max_steps: stop each run at its first record after so many steps of this call.
         save_weights: of finished runs: "fp32", or "bf16" (half the size: enough to evaluate and to
             probe, not to train on).
         checkpoint_seconds: save all runs this often, in case the process is killed.
@@ -333,8 +331,7 @@ def train_many(
             while active and not time_is_up():
                 for t in active:
                     if not t.queued:
-                        spent = t.learner.step - begun[id(t)]
-                        t.queue(None if max_steps is None else max_steps - spent)
+                        t.queue()
                     if t.ready():
                         stage = t.stage_index
                         t.collect()

@@ -184,7 +184,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         ],
     },
     "smoke": {
-        "config": {**SCAN_S5, "n_embd": 32, "n_head": 2},
+        "config": {**SCAN_S5, "n_embd": 64, "n_head": 4},
         "group": "Z2",
         "start_token": True,
         "precision": "fp32",
@@ -195,9 +195,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_precisions": ["fp32"],
         "eval_batch_tokens": 2**13,
         "stages": [
-            *_grow((2, 3), 400, lr=3e-3, warmup=20, batch_size=128),
+            *_grow((2, 3), 1500, lr=1e-3, warmup=50, batch_size=256),
             *_grow(
-                (4,), 150, lr=3e-3, warmup=20, batch_size=128, schedule="linear", threshold=None
+                (4,), 600, lr=1e-3, warmup=50, batch_size=256, schedule="linear", threshold=None
             ),
         ],
     },

@@ -35,7 +35,8 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     p, z2 = successes / n, Z95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    # exactly 0 and 1 at the ends, where rounding would leave a trace
+    return (centre - half if p > 0 else 0.0), (centre + half if p < 1 else 1.0)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ def check_lengths(model: nn.Module, lengths: Sequence[int], start_token: bool = 
         start = " less one for the start token" if start_token else ""
         raise ScanLMError(
             f"length {max(lengths)} is beyond n_positions={limit + start_token}{start}: a "
-            "model with absolute positions has no embedding there; leave the length out or use a larger n_positions"
+            "model with absolute positions has no embedding there; leave the length out or use a "
+            "larger n_positions"
         )
 
 

@@ -1,0 +1,381 @@
+"""The curriculum trainer, its step and the evaluation by length."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from typer.testing import CliRunner
+
+from scanlm import ScanLMConfig, ScanLMForCausalLM
+from scanlm.curriculum import check_same_training, open_run, preset_settings, train, train_many
+from scanlm.curriculum_settings import PRESETS, Stage
+from scanlm.curriculum_step import Learner, folded_logits, learning_rate, set_dropout
+from scanlm.errors import ScanLMError
+from scanlm.groups import get_group, running_products, word_batch
+from scanlm.length_evaluation import bin_edges, evaluate_lengths, reach, wilson, word_logits
+
+TINY = (
+    "config.n_embd=16",
+    "log_every=4",
+    "stages.*.max_steps=10",
+    "stages.*.batch_size=8",
+    "stages.*.warmup=3",
+    "stages.-1.dropout=0.1",
+    "validation_sequences=16",
+    "eval_lengths=[4, 8]",
+    "eval_sequences=20",
+)
+
+
+class Oracle(nn.Module):
+    """Right answers everywhere but at the positions of ``wrong`` (from 0), for even words."""
+
+    def __init__(self, group: str, wrong: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.table = get_group(group).table
+        self.wrong = wrong
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
+        answers = running_products(self.table, input_ids)
+        for position in self.wrong:
+            if position < answers.shape[1]:
+                answers[0::2, position] = (answers[0::2, position] + 1) % len(self.table)
+        return SimpleNamespace(logits=nn.functional.one_hot(answers, len(self.table)).float())
+
+
+# Settings
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid(name: str) -> None:
+    settings = preset_settings(name, seed=3)
+    assert settings.seed == 3
+    assert settings.stages[-1].length in (4, 8, 16)
+
+
+def test_batches_follow_the_length() -> None:
+    batches = {n: Stage(length=n, max_steps=1, lr=1e-4).batch for n in (2, 4, 8, 12, 16)}
+    assert batches == {2: 1024, 4: 1024, 8: 512, 12: 341, 16: 256}
+
+
+def test_overrides_reach_stages_and_config() -> None:
+    changes = ["stages.*.dropout=0", "stages.-1.lr=1e-4", "config.n_embd=96", "ema=0.99"]
+    settings = preset_settings("paper", changes)
+    assert {stage.dropout for stage in settings.stages} == {0}
+    assert settings.stages[-1].lr == 1e-4
+    assert settings.config["n_embd"] == 96
+    assert preset_settings("paper").stages[-1].dropout == 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("group=S55", "S<n> needs n from 2 to 5"),
+        ("group=SV5", "Did you mean"),
+        ("stages.0.length=0", "length must be at least 1, got 0"),
+        ("stages.1.threshold=0", r"threshold=0.0 at length 3 is outside \(0, 1\]"),
+        ("stages.1.threshold=1.5", r"threshold=1.5 at length 3 is outside \(0, 1\]"),
+        ("stages.1.length=2", "stages must grow in length"),
+        ("wieght_decay=0.1", "Did you mean 'weight_decay'"),
+        ("stages.0.droput=0.1", "Did you mean 'dropout'"),
+        ("stages.9.lr=1", "no stage '9'"),
+        ("stages.0.lr=-1", "greater than 0"),
+        ("stories=10", "fewer than the batch"),
+        ("seed", "not key=value"),
+    ],
+)
+def test_wrong_settings_are_one_clear_line(change: str, message: str) -> None:
+    with pytest.raises(ScanLMError, match=message) as error:
+        preset_settings("smoke", [change])
+    assert "\n" not in str(error.value)
+
+
+def test_t1_settings_need_a_scan_model() -> None:
+    with pytest.raises(ScanLMError, match="left_fold acts on T1"):
+        preset_settings("smoke", ["model=gpt2", "left_fold=0.5"])
+
+
+# The step
+
+
+def test_learning_rates_by_hand() -> None:
+    stage = Stage(length=4, max_steps=14, lr=0.5, warmup=4, schedule="linear")
+    rates = [float(learning_rate(stage, torch.tensor(s, dtype=torch.float64))) for s in range(15)]
+    assert rates[:4] == [0.125, 0.25, 0.375, 0.5]
+    assert rates[4] == 0.5
+    assert rates[9] == pytest.approx(0.25)
+    assert rates[14] == 0
+    constant = stage.model_copy(update={"schedule": "constant"})
+    assert float(learning_rate(constant, torch.tensor(12.0))) == 0.5
+
+
+def test_dropout_reaches_the_named_part_only() -> None:
+    model = ScanLMForCausalLM(ScanLMConfig(vocab_size=6, n_embd=8, n_head=2, t2_layers=1))
+    set_dropout(model, 0.25, "t1")
+    assert model.t1.h[0].attn.attn_pdrop == model.t1.h[0].mlp.dropout.p == 0.25
+    assert model.t2.h[0].attn.attn_pdrop == model.t2.h[0].mlp.dropout.p == model.drop.p == 0
+    set_dropout(model, 0.5)
+    assert model.t2.h[0].attn.attn_pdrop == model.drop.p == 0.5
+
+
+def test_a_step_does_no_work_on_the_host() -> None:
+    """What a CUDA graph forbids: reading values back and copying data from the host."""
+
+    class Forbid(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+            name = function.name()
+            assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh")
+            return function(*args, **(kwargs or {}))
+
+    # without fused AdamW and the model's check of token ids, which read values on a CPU alone
+    learner = Learner(preset_settings("smoke", TINY), torch.device("cpu"))
+    learner.begin_stage(learner.settings.stages[-1])
+    learner.advance(2)
+    learner.validate()
+    learner.model._check_input = lambda *args: None  # type: ignore[operator, assignment]
+    learner.optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
+    with Forbid():
+        learner.train_step()
+        learner.validate_step()
+
+
+def test_folding_is_another_bracketing_of_the_same_words() -> None:
+    torch.manual_seed(0)
+    config = {**PRESETS["smoke"]["config"], "initializer_range": 0.5}
+    model = ScanLMForCausalLM(ScanLMConfig(vocab_size=6, **config)).eval()
+    x, _ = word_batch("S3", 4, 7)
+    plain, folded = word_logits(model, x, True), folded_logits(model, x, 2, True)
+    torch.testing.assert_close(folded[2:], plain[2:])
+    torch.testing.assert_close(folded[:, :3], plain[:, :3])  # up to 3 leaves there is one tree
+    assert (folded[:2, 3:] - plain[:2, 3:]).abs().max() > 0.01
+
+    class Sum(nn.Module):
+        def forward(self, windows: list[Tensor], keep: list[int]) -> list[Tensor]:
+            return [w.sum(1, keepdim=True) for w in windows]
+
+    model.t1 = Sum()  # associative: then the bracketing makes no difference
+    torch.testing.assert_close(folded_logits(model, x, 4, True), word_logits(model, x, True))
+
+
+def test_without_a_start_t2_cannot_tell_x_from_x_x() -> None:
+    """Why ``start_token`` exists: [x] and [x; x] are one window to attention."""
+    torch.manual_seed(0)
+    config = {**PRESETS["smoke"]["config"], "initializer_range": 0.5}
+    model = ScanLMForCausalLM(ScanLMConfig(vocab_size=6, **config)).eval()
+    words = torch.tensor([[4, 4], [3, 4]])
+    logits = word_logits(model, words)
+    torch.testing.assert_close(logits[0, 0], logits[0, 1])
+    assert (logits[1, 1] - logits[0, 1]).abs().max() > 0.01
+    started = word_logits(model, words, start_token=True)
+    assert started.shape == logits.shape
+    assert (started[0, 0] - started[0, 1]).abs().max() > 0.01
+
+
+# Whole runs
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["name"] != "steps_per_second"]
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    return ScanLMForCausalLM.from_pretrained(folder / "checkpoint-final").state_dict()
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    changes = [*TINY, "ema=0.9", "state_noise=0.1", "left_fold=0.5"]
+    settings = preset_settings("smoke", changes)
+    whole = train(settings, root=tmp_path / "whole", device="cpu", save_weights="fp32")
+    for _ in range(4):
+        torch.manual_seed(torch.seed())  # what others draw in between must not matter
+        part = train(
+            settings, root=tmp_path / "parts", device="cpu", max_steps=8, save_weights="fp32"
+        )
+    assert not (part.folder / "checkpoint.pt").exists()
+    assert _metrics(part.folder) == _metrics(whole.folder)
+    expected, resumed = _weights(whole.folder), _weights(part.folder)
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_runs_side_by_side_equal_runs_alone(tmp_path: Path) -> None:
+    both = [preset_settings("smoke", TINY, seed=seed) for seed in (0, 1)]
+    together = train_many(both, root=tmp_path / "together", device="cpu")
+    alone = train(both[1], root=tmp_path / "alone", device="cpu")
+    assert _metrics(together[1].folder) == _metrics(alone.folder)
+    assert _metrics(together[0].folder) != _metrics(alone.folder)
+
+
+def test_the_record_says_what_ended_a_stage(tmp_path: Path) -> None:
+    changes = [*TINY, "stages.0.threshold=0.01"]
+    record = train(preset_settings("smoke", changes), root=tmp_path, device="cpu")
+    summary = json.loads((record.folder / "summary.json").read_text())
+    stages = [(s["length"], s["steps"], s["ended_by"]) for s in summary["stages"]]
+    assert stages == [(2, 4, "threshold"), (3, 10, "budget"), (4, 10, "budget")]
+    assert summary["steps"] == 24
+    assert summary["tokens"] == 8 * (4 * 2 + 10 * 3 + 10 * 4)
+    tested = [row for row in _metrics(record.folder) if row.get("split") == "test"]
+    assert {row["length"] for row in tested} == {4, 8}
+
+
+def test_no_time_left_saves_and_trains_nothing(tmp_path: Path) -> None:
+    record = train(preset_settings("smoke", TINY), root=tmp_path, device="cpu", max_seconds=0)
+    assert (record.folder / "checkpoint.pt").exists()
+    assert not (record.folder / "summary.json").exists()
+
+
+def test_a_diverged_run_is_marked_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = preset_settings("smoke", TINY, seed=0)
+    bad = preset_settings("smoke", TINY, seed=1)
+    original: Callable[..., None] = Learner.begin_stage
+
+    def break_weights(learner: Learner, *args: Any) -> None:
+        original(learner, *args)
+        if learner.settings.seed == 1:
+            nn.init.constant_(learner.parameters[0], torch.nan)
+
+    monkeypatch.setattr(Learner, "begin_stage", break_weights)
+    fine, broken = train_many([good, bad], root=tmp_path, device="cpu")
+    assert json.loads((broken.folder / "run.json").read_text())["status"] == "diverged"
+    assert json.loads((fine.folder / "run.json").read_text())["status"] == "finished"
+
+
+def test_resuming_with_another_curriculum_is_refused() -> None:
+    settings = preset_settings("smoke", TINY)
+    saved = settings.model_dump(mode="json")
+    check_same_training(settings, {**saved, "eval_sequences": 5}, "checkpoint.pt")
+    other = preset_settings("smoke", [*TINY, "stages.0.lr=0.5"])
+    with pytest.raises(ScanLMError, match="trained with another stages"):
+        check_same_training(other, saved, "checkpoint.pt")
+
+
+def test_a_checkpoint_of_another_curriculum_in_the_folder_is_refused(tmp_path: Path) -> None:
+    first = preset_settings("smoke", TINY)
+    record = train(first, root=tmp_path, device="cpu", max_steps=4)
+    other = preset_settings("smoke", [*TINY, "clip=0.5"])
+    with pytest.raises(ScanLMError, match="trained with another clip"):
+        train_many([other], records=[record], device="cpu")
+
+
+def test_z2_is_learned_and_goes_beyond_its_training_length(tmp_path: Path) -> None:
+    changes = ["stages.0.max_steps=400", "log_every=25"]
+    settings = preset_settings("smoke", changes)
+    settings = settings.model_copy(update={"stages": settings.stages[:1]})
+    record = train(settings, root=tmp_path, device="cpu")
+    stage = json.loads((record.folder / "summary.json").read_text())["stages"][0]
+    assert stage["ended_by"] == "threshold"
+
+
+def test_open_run_finds_the_run_of_equal_settings(tmp_path: Path) -> None:
+    first = open_run(preset_settings("smoke", TINY), tmp_path)
+    assert open_run(preset_settings("smoke", TINY), tmp_path).folder == first.folder
+    assert open_run(preset_settings("smoke", TINY, seed=1), tmp_path).folder != first.folder
+    assert first.folder.parent == tmp_path / "z2"
+
+
+# Evaluation
+
+
+def test_wilson_interval_by_hand() -> None:
+    low, high = wilson(8, 10)  # the standard example: 0.490 to 0.943
+    assert (round(low, 3), round(high, 3)) == (0.490, 0.943)
+    assert wilson(10, 10)[1] == 1
+    assert wilson(0, 10)[0] == 0
+
+
+def test_accuracies_at_all_lengths_from_one_pass() -> None:
+    result = evaluate_lengths(Oracle("S5", wrong=(5,)), "S5", [4, 6, 12], 100, batch_tokens=240)
+    assert result.accuracy[4].value == result.accuracy_sequence[4].value == 1
+    assert result.accuracy_last[6].value == result.accuracy_sequence[6].value == 0.5
+    assert result.accuracy[6].value == pytest.approx(1 - 0.5 / 6)
+    assert result.accuracy_last[12].value == 1
+    assert result.accuracy_sequence[12].value == 0.5
+    shares = [p.value for _, p in result.by_position[12]]
+    assert shares == [1, 1, 1, 1, 1, 0.5, 1, 1, 1, 1, 1, 1]
+    assert result.accuracy[4].n == 400
+    assert result.accuracy_last[4].n == 100
+    assert result.accuracy[6].low < result.accuracy[6].value < result.accuracy[6].high
+
+
+def test_shorter_lengths_equal_their_own_pass_for_a_causal_model() -> None:
+    torch.manual_seed(0)
+    model = ScanLMForCausalLM(ScanLMConfig(vocab_size=6, **PRESETS["smoke"]["config"]))
+    x, y = word_batch("S3", 64, 20, stream="test")
+    long = evaluate_lengths(model, "S3", [7, 20], 64, batch_tokens=64 * 20)
+    model.eval()
+    right = model(input_ids=x[:, :7]).logits.argmax(-1) == y[:, :7]
+    assert long.accuracy[7].value == pytest.approx(right.double().mean().item())
+    assert long.accuracy_sequence[7].value == right.all(1).double().mean().item()
+
+
+def test_reach_stops_at_the_first_length_that_fails() -> None:
+    assert reach({4: 1.0, 8: 0.995, 16: 0.98, 32: 0.999}) == 8
+    assert reach({4: 0.5}) == 0
+    assert reach({4: float("nan"), 8: 1.0}) == 0
+
+
+def test_bins_are_single_positions_then_eight_an_octave() -> None:
+    assert bin_edges(10) == list(range(1, 11))
+    edges = bin_edges(1024)
+    assert edges[31] == 32
+    assert edges[-1] == 1024
+    assert len(edges) == 32 + 5 * 8
+
+
+def test_beyond_the_positions_is_refused_and_recorded(tmp_path: Path) -> None:
+    config = ScanLMConfig(vocab_size=6, n_embd=8, n_head=2, n_positions=16, chunk_size=1)
+    model = ScanLMForCausalLM(config)
+    with pytest.raises(ScanLMError, match="length 17 is beyond n_positions=16"):
+        evaluate_lengths(model, "S3", [4, 17], 4)
+    with pytest.raises(ScanLMError, match="n_positions=16 less one for the start token"):
+        evaluate_lengths(model, "S3", [16], 4, start_token=True)
+    with pytest.raises(ScanLMError, match="length must be at least 1, got 0"):
+        evaluate_lengths(model, "S3", [0, 4], 4)
+    changes = [*TINY, "config.position_embedding=absolute", "config.n_positions=6"]
+    record = train(preset_settings("smoke", changes), root=tmp_path, device="cpu")
+    summary = json.loads((record.folder / "summary.json").read_text())
+    assert summary["not_possible"] == {"8": "beyond the 5 positions of the model"}
+
+
+# Command line
+
+
+def test_the_command_line_trains_and_prints_one_line_on_a_mistake(tmp_path: Path) -> None:
+    import typer
+
+    from scanlm.curriculum import main
+
+    app = typer.Typer()
+    app.command()(main)
+    options = [option for change in TINY for option in ("--set", change)]
+    arguments = ["--preset", "smoke", "--seeds", "0,1", "--out", str(tmp_path), *options]
+    done = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    assert len(list(tmp_path.glob("z2/*/summary.json"))) == 2
+    wrong = CliRunner().invoke(app, ["--preset", "smok"])
+    assert wrong.exit_code == 2
+    assert "Did you mean 'smoke'" in wrong.output
+
+
+def test_jobs_of_a_file_run_side_by_side(tmp_path: Path) -> None:
+    from scanlm.curriculum import _read_jobs
+
+    jobs = tmp_path / "jobs.yaml"
+    jobs.write_text("- {preset: smoke, seeds: [0, 1], set: {stages.*.lr: 1.0e-4, group: S3}}\n")
+    settings = _read_jobs(jobs)
+    assert [(s.seed, s.group, s.stages[0].lr) for s in settings] == [
+        (0, "S3", 1e-4),
+        (1, "S3", 1e-4),
+    ]
+    jobs.write_text("- {preset: smoke, seed: [0]}\n")
+    with pytest.raises(ScanLMError, match="Did you mean 'seeds'"):
+        _read_jobs(jobs)

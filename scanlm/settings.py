@@ -1,0 +1,196 @@
+"""Settings of a training run, and how presets, registry and command line make them up.
+
+The defaults are the original's table (20 epochs of WikiText-103 at 64 x 512 tokens a step). A later
+source wins: defaults, the registry entry's ``training``, the preset, explicit values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from scanlm.errors import ScanLMError, nearest
+
+# settings that cannot change a result: a run is found again whatever they are
+OPERATIONAL = ("root", "cache_dir", "num_workers", "keep_checkpoints", "tensorboard", "wandb")
+
+
+class TrainingSettings(BaseModel):
+    """Everything that decides a training run; unknown names and wrong values are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    model: str = "scanlm_base_c64"  # registry id, or path of a YAML file
+    config: dict[str, Any] = Field(default_factory=dict)  # overrides of the model's configuration
+    corpus: str = "wikitext-103"  # name or path, see scanlm.data.load_corpus
+    tokenizer: str | None = None  # None: the corpus' default
+    seq_len: int = Field(default=512, ge=1)  # tokens a block; blocks are independent
+    batch_size: int = Field(default=64, ge=1)  # blocks an optimiser step, over all ranks and parts
+    gradient_accumulation: int = Field(default=1, ge=1)  # parts that a step's batch is cut into
+    steps: int = Field(default=62900, ge=1)  # optimiser steps
+    lr: float = Field(default=1e-3, gt=0)  # peak learning rate
+    warmup_steps: int = Field(default=1000, ge=0)  # linear; capped at a tenth of steps
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)  # end of the cosine, as a part of lr
+    weight_decay: float = Field(default=0.01, ge=0)  # of matrices; not embeddings, norms, biases
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)  # 0: no clipping
+    dropout: float | None = Field(default=None, ge=0, lt=1)  # None: the model's own
+    seed: int = Field(default=0, ge=0)  # of initial weights, dropout and data order
+    # auto: bf16 where a GPU computes in it, else fp32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    tf32: bool = False  # fp32 products in TF32 on a GPU
+    compile: bool = False  # torch.compile
+    eval_every: int = Field(default=1000, ge=1)  # steps
+    eval_tokens: int | None = Field(default=None, ge=2)  # on the way; the end scores all tokens
+    log_every: int = Field(default=50, ge=1)  # steps
+    save_every: int = Field(default=1000, ge=1)  # steps
+    keep_checkpoints: int = Field(default=2, ge=1)  # the latest ones, and the best besides
+    num_workers: int = Field(default=0, ge=0)  # processes that load data
+    tensorboard: bool = False
+    wandb: bool = False  # offline unless WANDB_API_KEY is set; never asks
+    experiment: str | None = None  # None: the corpus' name
+    root: str = "data/runs"
+    cache_dir: str = "data/cache"
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TrainingSettings:
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not divisible by gradient_accumulation="
+                f"{self.gradient_accumulation}: batch_size counts all parts of a step"
+            )
+        return self
+
+    def __init__(self, **values: Any) -> None:
+        unknown = next((name for name in values if name not in type(self).model_fields), None)
+        if unknown is not None:
+            raise ScanLMError(
+                f"unknown setting {unknown!r}.{nearest(unknown, type(self).model_fields)}"
+            )
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ScanLMError(_one_line(error)) from error
+
+    @property
+    def warmup(self) -> int:
+        """Warm-up steps; a short run warms up over a tenth of its steps."""
+        return min(self.warmup_steps, max(self.steps // 10, 1))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.steps * self.batch_size * self.seq_len
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the result; ``seed`` and ``model`` are named beside them."""
+        left_out = {*OPERATIONAL, "seed", "model", "experiment"}
+        return {k: v for k, v in self.model_dump().items() if k not in left_out}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # the defaults are the original's values; a registry entry may have its own, e.g. lr
+    "paper": {"corpus": "wikitext-103", "tokenizer": "gpt2"},
+    "laptop": {
+        "corpus": "wikitext-2",
+        "tokenizer": "bpe:4096",
+        "seq_len": 256,
+        "batch_size": 16,
+        "steps": 3000,
+        "warmup_steps": 100,
+        "eval_every": 250,
+        "save_every": 250,
+        "eval_tokens": 65536,
+    },
+    "smoke": {
+        "corpus": "embedded",
+        "seq_len": 128,
+        "batch_size": 8,
+        "steps": 20,
+        "warmup_steps": 2,
+        "lr": 3e-3,
+        "eval_every": 10,
+        "log_every": 5,
+        "save_every": 10,
+        "eval_tokens": 4096,
+    },
+    # chosen where the corpus is "embedded" and no preset is named: minutes on two CPU cores
+    "embedded": {
+        "corpus": "embedded",
+        "seq_len": 256,
+        "batch_size": 16,
+        "steps": 1000,
+        "warmup_steps": 50,
+        "lr": 3e-3,
+        "eval_every": 200,
+        "log_every": 20,
+        "save_every": 200,
+        "eval_tokens": 16384,
+    },
+}
+
+
+def resolve_settings(
+    model: str, preset: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> TrainingSettings:
+    """The settings of a run.
+
+    Args:
+        model: registry id, or path of a YAML file.
+        preset: one of ``PRESETS``.
+        overrides: ``lr`` or ``training.lr`` for a setting, ``config.chunk_size`` for a field of
+            the model's configuration; strings are read as YAML scalars.
+
+    Raises:
+        ScanLMError: an unknown model, preset or key (with the nearest), or a value out of range.
+    """
+    from scanlm.baselines import load_entry
+    from scanlm.values import parse_value
+
+    entry = load_entry(model)
+    if preset is not None and preset not in PRESETS:
+        raise ScanLMError(f"unknown preset {preset!r}.{nearest(preset, PRESETS)}")
+    explicit: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    for key, raw in (overrides or {}).items():
+        value = parse_value(raw) if isinstance(raw, str) else raw
+        place, dot, name = key.partition(".")
+        if not dot:
+            explicit[key] = value
+        elif place == "training":
+            explicit[name] = value
+        elif place == "config":
+            config[name] = value
+        else:
+            raise ScanLMError(f"unknown setting {key!r}.{nearest(place, ('training', 'config'))}")
+    if preset is None and explicit.get("corpus", entry.training.get("corpus")) == "embedded":
+        preset = "embedded"
+    chosen = PRESETS[preset] if preset is not None else {}
+    merged = {**entry.training, **chosen, **explicit, "model": str(model)}
+    _check_config_keys(entry, config)
+    return TrainingSettings(**merged, **({"config": config} if config else {}))
+
+
+def _check_config_keys(entry: Any, config: Mapping[str, Any]) -> None:
+    """Refuse fields that the model's configuration does not have."""
+    if not config:
+        return
+    from scanlm.baselines import build_model
+
+    known = set(build_model(entry, device="meta").config.to_dict()) | set(entry.config)
+    for name in config:
+        if name not in known:
+            raise ScanLMError(f"unknown setting 'config.{name}'.{nearest(name, known)}")
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    name = ".".join(map(str, first["loc"]))
+    return f"{name}={first['input']!r}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,507 @@
+"""Train a language model of any family: one record, exact resume, the same tokens for all.
+
+``train`` builds what the settings name, hands it to ``scanlm.trainer.ExactTrainer`` and keeps the
+record. The same settings find their run again: finished, it is returned; interrupted, it goes on
+from its last checkpoint, and the metrics after it are measured again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
+
+from scanlm.data import Blocks, TokenizedCorpus, load_corpus, prepare, unigram_entropy
+from scanlm.data.token_files import default_tokenizer
+from scanlm.errors import ScanLMError
+from scanlm.flops import training_flops
+from scanlm.progress import Progress
+from scanlm.records import Run, read_metrics
+from scanlm.scoring import Evaluation, check_context, evaluate_blocks
+from scanlm.settings import PRESETS, TrainingSettings, resolve_settings
+from scanlm.trainer import Diverged, ExactTrainer, OrderedBlocks, saved_steps
+
+PADDED_VOCABULARY = 128  # a model may round its vocabulary up to such multiples
+DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+
+def train(
+    settings: TrainingSettings,
+    model: Any = None,
+    corpus: TokenizedCorpus | None = None,
+    progress: bool | None = None,
+) -> Run:
+    """Train, or continue, the run that the settings name.
+
+    Args:
+        settings: see ``resolve_settings``.
+        model: use this model instead of building ``settings.model``; its weights are the start.
+        corpus: use these tokens instead of preparing ``settings.corpus``.
+        progress: a bar (True) or a line at each record (False); default a bar if somebody looks.
+
+    Returns:
+        The finished run. Its folder holds ``checkpoint-<steps>``, which ``from_pretrained`` loads.
+
+    Raises:
+        ScanLMError: settings that do not fit each other, the model or the corpus; an output folder
+            that cannot be written; training that diverged (the record says so too).
+        KeyboardInterrupt: recorded as "interrupted"; the same call continues.
+    """
+    tokens = corpus or prepare(
+        settings.corpus, settings.tokenizer, settings.cache_dir, ("train", "validation")
+    )
+    set_seed(settings.seed)
+    model = _build(settings, tokens.vocab_size) if model is None else model
+    _set_dropout(model, settings.dropout)
+    _check(settings, model, tokens)
+    blocks = Blocks(tokens["train"].tokens, settings.seq_len)
+    precision = resolve_precision(settings.precision)
+    parameters = _parameters(settings, model, tokens, precision)
+    name = Path(settings.model).stem if settings.model.endswith((".yaml", ".yml")) else None
+    experiment = settings.experiment or experiment_name(tokens.name)
+    rank = int(os.environ.get("RANK", "0"))
+    writer: Run | None = None
+    if rank == 0:
+        run = Run.create(
+            experiment, name or settings.model, parameters, settings.seed, settings.root
+        )
+        if run.finished:
+            print(f"already finished: {run.folder}\n{_result_line(run.summary)}")
+            return run
+        writer, folder = run, run.folder
+    else:
+        from scanlm.records import run_id
+
+        identity = run_id(name or settings.model, parameters, settings.seed)
+        folder = Path(settings.root) / experiment / identity
+    session = _Session(settings, model, tokens, writer, folder, precision, progress)
+    try:
+        session.train(blocks)
+    except BaseException as error:
+        if writer is not None:
+            writer.fail(_status(error), str(error) or type(error).__name__)
+        if isinstance(error, Diverged):
+            raise ScanLMError(f"training diverged: {error} (record: {folder})") from error
+        raise
+    return Run.open(folder)
+
+
+class _Session:
+    """One process' part in a run, from its first or last checkpoint to its end."""
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        model: Any,
+        tokens: TokenizedCorpus,
+        run: Run | None,
+        folder: Path,
+        precision: str,
+        progress: bool | None,
+    ) -> None:
+        self.settings, self.model, self.tokens = settings, model, tokens
+        self.run, self.folder, self.precision = run, folder, precision
+        self.display = Progress(settings.steps, bar=progress, silent=run is None)
+        self.tokens_per_step = settings.batch_size * settings.seq_len
+        parts = training_flops(model, settings.seq_len) if hasattr(model, "config") else None
+        self.flops = sum(parts.values()) if parts else None
+        self.trainer: ExactTrainer
+        self.earlier = 0.0  # seconds of earlier sessions
+        self.measured = (time.perf_counter(), 0)
+        self.paused = 0.0  # seconds spent evaluating since the last record
+
+    def train(self, blocks: Blocks) -> None:
+        s = self.settings
+        arguments = _arguments(s, self.folder, self.precision)
+        self.trainer = ExactTrainer(
+            score=self._score,
+            record=self._record,
+            keep=s.keep_checkpoints,
+            model=self.model,
+            args=arguments,
+            train_dataset=OrderedBlocks(blocks, s.seed, s.steps * s.batch_size),
+            data_collator=default_data_collator,
+            processing_class=self.tokens.tokenizer,  # saved with every checkpoint
+            callbacks=[_Schedule(s, self.display)],
+        )
+        for unwanted in (PrinterCallback, ProgressCallback):
+            self.trainer.remove_callback(unwanted)
+        done = (saved_steps(self.folder) or [0])[-1]
+        if self.run is not None:
+            shutil.rmtree(self.folder / ".saving", ignore_errors=True)
+            self.run.truncate(after_step=done)
+            metrics = read_metrics(self.folder)
+            if "seconds" in metrics:
+                self.earlier = float(metrics["seconds"].fillna(0).max())
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.begun = time.perf_counter()
+        self.measured = (self.begun, done)
+        if done:
+            self.display.line(f"continuing from step {done:,}")
+        self.display.start(done)
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()  # one for every file that is written
+        try:
+            checkpoint = str(self.folder / f"checkpoint-{done}") if done else None
+            if done < s.steps:
+                self.trainer.train(resume_from_checkpoint=checkpoint)
+            else:  # stopped between its last checkpoint and its summary
+                self.trainer._load_from_checkpoint(str(checkpoint))
+        finally:
+            self.display.close()
+            if bars:
+                transformers_logging.enable_progress_bar()
+        self._finish()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this and earlier sessions, evaluations included."""
+        return self.earlier + time.perf_counter() - self.begun
+
+    def _axes(self, split: str) -> dict[str, Any]:
+        step = self.trainer.state.global_step or self.settings.steps
+        axes: dict[str, Any] = {"split": split, "step": step}
+        axes["tokens"] = step * self.tokens_per_step
+        if self.flops:
+            axes["flops"] = axes["tokens"] * self.flops
+        return axes | {"seconds": round(self.seconds, 3)}
+
+    def _record(self, logs: dict[str, float]) -> None:
+        """The means of the steps since the last record."""
+        now, step = time.perf_counter(), self.trainer.state.global_step
+        before, first = self.measured
+        speed = (step - first) * self.tokens_per_step / max(now - before - self.paused, 1e-9)
+        self.measured, self.paused = (now, step), 0.0
+        self.display.show(step, loss=logs["loss"], lr=logs["learning_rate"], tokens_per_s=speed)
+        if self.run is None:
+            return
+        axes = self._axes("train")
+        self.run.log("loss", logs["loss"], **axes)
+        for name in ("learning_rate", "grad_norm"):
+            if name in logs:
+                self.run.log(name, logs[name], **axes)
+        self.run.log("tokens_per_second", speed, **axes)
+
+    def _evaluate(self, max_tokens: int | None) -> Evaluation:
+        s = self.settings
+        return evaluate_blocks(
+            self.model,
+            self.tokens["validation"].tokens,
+            s.seq_len,
+            batch_size=max(s.batch_size // s.gradient_accumulation, 1),
+            precision=self.precision if self.precision != "fp32" else None,
+            max_tokens=max_tokens,
+        )
+
+    def _score(self) -> float:
+        begun = time.perf_counter()
+        result = self._evaluate(self.settings.eval_tokens)
+        self.display.show(self.trainer.state.global_step, validation=result.loss)
+        if self.run is not None:
+            axes = self._axes("validation") | {"n": result.num_tokens}
+            self.run.log("loss", result.loss, **axes)
+            self.run.log("perplexity", result.perplexity, **axes)
+        self.paused += time.perf_counter() - begun
+        return result.loss
+
+    def _finish(self) -> None:
+        """Score all validation tokens, write the summary and say what came out."""
+        result = self._evaluate(None)
+        if self.run is None:
+            return
+        s, part = self.settings, self.tokens["validation"]
+        words = part.num_words + (part.num_lines if self.tokens.name.startswith("wikitext") else 0)
+        axes = self._axes("validation")
+        for position, loss, count in zip(
+            result.positions, result.loss_by_position, result.counts_by_position, strict=True
+        ):
+            if count:
+                self.run.log("loss", loss, **axes, position=int(position), n=int(count))
+        metrics = read_metrics(self.folder)
+        speeds = metrics.loc[metrics["name"] == "tokens_per_second", "value"]
+        cuda = torch.cuda.is_available()
+        summary = {
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte(part.num_bytes),
+            "word_perplexity": result.word_perplexity(words),
+            "num_tokens": result.num_tokens,
+            "split": "validation",
+            "unigram_entropy": unigram_entropy(part.tokens, self.tokens.vocab_size),
+            "steps": s.steps,
+            "tokens": s.tokens,
+            "best_step": self.trainer.state.best_global_step or s.steps,
+            "num_parameters": sum(p.numel() for p in self.model.parameters()),
+            "wall_seconds": self.seconds,
+            "tokens_per_second": float(speeds.median()) if len(speeds) else None,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else _peak_rss(),
+        }
+        self.run.finish(summary)
+        print(f"{_result_line(summary)}\nrun: {self.folder}")
+
+
+class _Schedule(TrainerCallback):
+    """When to log, evaluate and advance the bar."""
+
+    def __init__(self, settings: TrainingSettings, display: Progress) -> None:
+        self.settings, self.display = settings, display
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step, s = state.global_step, self.settings
+        last = step >= s.steps
+        control.should_evaluate = last or step % s.eval_every == 0
+        # an interval never spans a checkpoint, since its sum of losses is not in it
+        control.should_log = last or step % s.log_every == 0 or step % s.save_every == 0
+        self.display.advance(step)
+
+
+def _arguments(s: TrainingSettings, folder: Path, precision: str) -> TrainingArguments:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    cuda = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=s.steps,
+        per_device_train_batch_size=s.batch_size // s.gradient_accumulation // ranks,
+        gradient_accumulation_steps=s.gradient_accumulation,
+        learning_rate=s.lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": s.min_lr_ratio},
+        warmup_steps=s.warmup,
+        weight_decay=s.weight_decay,
+        adam_beta1=s.beta1,
+        adam_beta2=s.beta2,
+        adam_epsilon=s.eps,
+        max_grad_norm=s.max_grad_norm,
+        optim="adamw_torch_fused" if cuda else "adamw_torch",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        tf32=True if s.tf32 and cuda else None,
+        torch_compile=s.compile,
+        use_cpu=not cuda,
+        seed=s.seed,
+        dataloader_num_workers=s.num_workers,
+        dataloader_pin_memory=cuda,
+        remove_unused_columns=False,
+        eval_strategy="no",
+        logging_strategy="no",
+        # a NaN is kept and noticed; the filter would wait for the device at every step
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=s.save_every,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        disable_tqdm=True,
+        log_level="error",
+        report_to=_trackers(s, folder),
+        run_name=folder.name,
+    )
+    # several GPUs are several ranks (torchrun), never threads of one process
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _trackers(s: TrainingSettings, folder: Path) -> list[str]:
+    chosen = [name for name in ("tensorboard", "wandb") if getattr(s, name)]
+    for name in chosen:
+        if importlib.util.find_spec(name) is None:
+            raise ScanLMError(f"{name}=true needs a package: pip install 'scanlm[tracking]'")
+    if s.tensorboard:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
+    if s.wandb:
+        if not os.environ.get("WANDB_API_KEY"):
+            os.environ.setdefault("WANDB_MODE", "offline")
+        os.environ.setdefault("WANDB_PROJECT", "scanlm")
+        os.environ.setdefault("WANDB_DIR", str(folder))
+    return chosen or ["none"]
+
+
+def resolve_precision(precision: str) -> str:
+    """What "auto" means here: bf16 on a GPU that computes in it, else fp32.
+
+    Raises:
+        ScanLMError: fp16 without a GPU.
+    """
+    cuda = torch.cuda.is_available()
+    if precision == "auto":
+        native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if native else "fp32"
+    if precision == "fp16" and not cuda:
+        raise ScanLMError("precision='fp16' needs a GPU: use fp32 or bf16 on a CPU")
+    return precision
+
+
+def experiment_name(corpus: str) -> str:
+    """The experiment that runs on a corpus belong to: its name without dashes and splits."""
+    name = corpus.partition("#")[0].replace("wikitext-", "wikitext")
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip("-.") or "corpus"
+
+
+def _build(settings: TrainingSettings, vocab_size: int, device: str | None = None) -> Any:
+    from scanlm.baselines import build_model
+
+    return build_model(settings.model, vocab_size=vocab_size, device=device, **settings.config)
+
+
+def _set_dropout(model: Any, rate: float | None) -> None:
+    """Set the rate of every dropout of a GPT-2-like model, in its configuration too."""
+    if rate is None:
+        return
+    fields = [name for name in DROPOUT_FIELDS if hasattr(model.config, name)]
+    if not fields:
+        raise ScanLMError(
+            f"dropout={rate}: a model of type {model.config.model_type!r} has no dropout; leave it "
+            "out"
+        )
+    for name in fields:
+        setattr(model.config, name, rate)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = rate
+        for name in ("dropout", "attn_pdrop"):  # attention keeps its rate as a number
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, rate)
+
+
+def _check(settings: TrainingSettings, model: Any, tokens: TokenizedCorpus) -> None:
+    """Refuse what cannot train before anything is written."""
+    size, corpus = int(model.config.vocab_size), tokens.vocab_size
+    if not corpus <= size <= -(-corpus // PADDED_VOCABULARY) * PADDED_VOCABULARY:
+        raise ScanLMError(
+            f"corpus {tokens.name!r} is tokenised with {tokens.tokenizer_spec!r} ({corpus} tokens) "
+            f"and the model has a vocabulary of {size}: set config.vocab_size={corpus} or take "
+            "another tokenizer"
+        )
+    check_context(model, settings.seq_len)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.batch_size % (settings.gradient_accumulation * ranks):
+        raise ScanLMError(
+            f"batch_size={settings.batch_size} is not divisible by gradient_accumulation="
+            f"{settings.gradient_accumulation} times {ranks} ranks"
+        )
+    chunk = int(getattr(model.config, "chunk_size", 0))
+    if model.config.model_type == "scanlm" and settings.seq_len <= chunk:
+        warnings.warn(
+            f"seq_len={settings.seq_len} is one chunk of chunk_size={chunk}: nothing is scanned "
+            "and T1 is not trained; choose a smaller config.chunk_size",
+            stacklevel=3,
+        )
+
+
+def _parameters(
+    settings: TrainingSettings, model: Any, tokens: TokenizedCorpus, precision: str
+) -> dict[str, Any]:
+    """What identifies the run: settings, the model's configuration and the tokens."""
+    config = model.config.to_dict()
+    noise = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+    return {
+        "kind": "training",
+        **settings.identity(),
+        "corpus": tokens.name,
+        "tokenizer": tokens.tokenizer_spec,
+        "tokenizer_hash": tokens.tokenizer_hash,
+        "corpus_fingerprint": tokens.fingerprint,
+        "precision": precision,
+        "config": {k: v for k, v in sorted(config.items()) if k not in noise},
+    }
+
+
+def describe(settings: TrainingSettings) -> dict[str, Any]:
+    """What ``scanlm train --dry-run`` prints; nothing is tokenised, built or written.
+
+    Returns:
+        ``settings``, ``config`` (of the model), ``num_parameters``, ``tokens``, ``flops``,
+        ``memory_bytes`` and ``memory_formula``, ``experiment``, ``command``. The vocabulary is the
+        one in the model's entry, since the corpus has not been read.
+    """
+    model = _build(settings, None, "meta")  # type: ignore[arg-type]
+    number = sum(p.numel() for p in model.parameters())
+    c = model.config
+    width = int(getattr(c, "hidden_size", 0) or getattr(c, "n_embd", 0))
+    layers = int(getattr(c, "num_hidden_layers", 0)) + int(getattr(c, "t1_layers", 0))
+    part = settings.batch_size // settings.gradient_accumulation * settings.seq_len
+    bytes_a_number = 4 if resolve_precision(settings.precision) == "fp32" else 2
+    windows = 2 if c.model_type == "scanlm" and settings.seq_len > c.chunk_size else 1
+    flops = training_flops(model, settings.seq_len)
+    source = load_corpus(settings.corpus)
+    return {
+        "settings": settings.model_dump()
+        | {"tokenizer": settings.tokenizer or default_tokenizer(source)},
+        "config": c.to_dict(),
+        "num_parameters": number,
+        "tokens": settings.tokens,
+        "flops": settings.tokens * sum(flops.values()) if flops else None,
+        "memory_bytes": 16 * number + 17 * windows * bytes_a_number * part * width * layers,
+        "memory_formula": (
+            "16 bytes a parameter (weights, gradients, two Adam moments in fp32) + 17 numbers a "
+            "token, layer and feature kept for the backward pass; twice that for a scan model, "
+            "whose T2 reads each chunk behind a prefix"
+        ),
+        "experiment": settings.experiment or experiment_name(source.name),
+        "command": equivalent_command(settings),
+    }
+
+
+def equivalent_command(settings: TrainingSettings) -> str:
+    """A ``scanlm train`` command that needs no preset and no registry defaults."""
+    import json
+    import shlex
+
+    values = settings.model_dump(exclude={"model", "corpus", "config"})
+    pairs = [(k, v) for k, v in values.items() if v != TrainingSettings.model_fields[k].default]
+    pairs += [(f"config.{name}", value) for name, value in settings.config.items()]
+    words = ["scanlm", "train", settings.model, "--corpus", settings.corpus]
+    for name, value in pairs:
+        words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+    return shlex.join(words)
+
+
+def _status(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return "diverged" if isinstance(error, Diverged) else "failed"
+
+
+def _result_line(summary: dict[str, Any]) -> str:
+    return (
+        f"validation loss {summary['loss']:.4f} nats a token, perplexity "
+        f"{summary['perplexity']:.2f} ({summary['num_tokens']:,} tokens scored); unigram entropy "
+        f"of the same text {summary['unigram_entropy']:.4f}, perplexity "
+        f"{math.exp(summary['unigram_entropy']):.2f}"
+    )
+
+
+def _peak_rss() -> int | None:
+    """Largest resident memory of this process so far."""
+    try:
+        import resource
+        import sys
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+__all__ = [
+    "PRESETS",
+    "TrainingSettings",
+    "describe",
+    "equivalent_command",
+    "resolve_settings",
+    "train",
+]

@@ -1,0 +1,237 @@
+"""Training: exact resume after SIGKILL, data order, weight decay, divergence, bad settings."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from scanlm.config import ScanLMConfig
+from scanlm.data import Blocks, TokenizedCorpus, prepare
+from scanlm.errors import ScanLMError
+from scanlm.model import ScanLMForCausalLM
+from scanlm.records import Run, read_metrics
+from scanlm.settings import TrainingSettings
+from scanlm.trainer import OrderedBlocks, decayed_parameters, saved_steps
+from scanlm.training import train
+
+SMALL = {
+    "model": "test",
+    "corpus": "test",
+    "seq_len": 8,
+    "batch_size": 4,
+    "steps": 12,
+    "lr": 1e-2,
+    "eval_every": 4,
+    "log_every": 2,
+    "save_every": 4,
+    "eval_tokens": 64,
+}
+
+
+def small_model(**overrides: object) -> ScanLMForCausalLM:
+    torch.manual_seed(0)
+    fields = {"vocab_size": 257, "n_embd": 8, "n_head": 2, "chunk_size": 4, "t2_layers": 1}
+    return ScanLMForCausalLM(ScanLMConfig(**{**fields, **overrides}))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> TokenizedCorpus:
+    folder = tmp_path_factory.mktemp("text")
+    words = ["the", "scan", "folds", "chunks", "of", "the", "text", "into", "states"]
+    generator = np.random.default_rng(0)
+    for split, number in (("train", 400), ("validation", 60)):
+        (folder / f"{split}.txt").write_text(" ".join(generator.choice(words, number)))
+    return prepare(folder, "bytes", folder / "cache")
+
+
+def curve(folder: Path) -> list[tuple]:
+    metrics = read_metrics(folder)
+    metrics = metrics[metrics["name"].isin(["loss", "perplexity", "learning_rate", "grad_norm"])]
+    columns = ["name", "split", "step", "tokens", "value"]
+    return list(metrics[columns].itertuples(index=False, name=None))
+
+
+CHILD = """
+import sys, time, torch
+sys.path.insert(0, {tests!r})
+import test_training as t
+from scanlm import training
+from scanlm.data import prepare
+if {slow}:
+    evaluate = training._Session._score
+    def slow(self):
+        if self.trainer.state.global_step == 8:
+            print("at 8", flush=True)
+            time.sleep(600)
+        return evaluate(self)
+    training._Session._score = slow
+settings = t.TrainingSettings(**t.SMALL, root={root!r})
+training.train(settings, t.small_model(), prepare({text!r}, "bytes", {text!r} + "/cache"))
+"""
+
+
+def child(corpus: TokenizedCorpus, root: Path, slow: bool) -> subprocess.Popen:
+    text = str(corpus["train"].path.parents[3])
+    code = CHILD.format(tests=str(Path(__file__).parent), root=str(root), text=text, slow=slow)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def test_killed_run_repeats_the_uninterrupted_one(corpus: TokenizedCorpus, tmp_path: Path) -> None:
+    whole = child(corpus, tmp_path / "whole", slow=False)
+    killed = child(corpus, tmp_path / "killed", slow=True)
+    assert killed.stdout is not None
+    for line in killed.stdout:
+        if line.startswith("at 8"):
+            break
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert whole.wait(timeout=120) == 0
+    (folder,) = (tmp_path / "killed").glob("*/*")
+    assert saved_steps(folder) == [4]
+    before = read_metrics(folder)
+    assert before["step"].max() == 8  # measured after the checkpoint: to be dropped
+    assert Run.open(folder).status == "running"
+    # what a crash while saving leaves behind
+    (folder / ".saving" / "checkpoint-8").mkdir(parents=True)
+    (folder / ".saving" / "checkpoint-8" / "model.safetensors").write_bytes(b"half")
+    again = child(corpus, tmp_path / "killed", slow=False)
+    assert again.wait(timeout=120) == 0
+    (reference,) = (tmp_path / "whole").glob("*/*")
+    assert curve(folder) == curve(reference)
+    assert not (folder / ".saving").exists()
+    weights = [
+        AutoModelForCausalLM.from_pretrained(f / "checkpoint-12") for f in (folder, reference)
+    ]
+    for a, b in zip(weights[0].parameters(), weights[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_finished_run_is_returned_as_it_is(corpus: TokenizedCorpus, tmp_path: Path) -> None:
+    settings = TrainingSettings(**SMALL, root=str(tmp_path))
+    run = train(settings, small_model(), corpus)
+    assert run.finished
+    assert run.summary["num_tokens"] == corpus["validation"].num_tokens - 1
+    assert run.summary["loss"] < np.log(257)
+    before = (run.folder / "metrics.jsonl").stat().st_mtime_ns
+    assert train(settings, small_model(), corpus).folder == run.folder
+    assert (run.folder / "metrics.jsonl").stat().st_mtime_ns == before
+    validation = read_metrics(run.folder).query("split == 'validation' and name == 'perplexity'")
+    assert list(validation["step"]) == [4, 8, 12]  # each once
+
+
+def test_accumulated_parts_are_one_batch(corpus: TokenizedCorpus, tmp_path: Path) -> None:
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    weights = []
+    for parts in (1, 4):
+        values = {**SMALL, "steps": 3, "gradient_accumulation": parts, "lr": 1e-3}
+        model = small_model(**no_dropout).double()
+        run = train(TrainingSettings(**values, root=str(tmp_path)), model, corpus)
+        losses = read_metrics(run.folder).query("split == 'train' and name == 'loss'")
+        weights.append((torch.cat([p.detach().flatten() for p in model.parameters()]), losses))
+    torch.testing.assert_close(weights[0][0], weights[1][0], atol=1e-6, rtol=0)
+    np.testing.assert_allclose(weights[0][1]["value"], weights[1][1]["value"], atol=1e-6)
+
+
+def test_order_depends_on_the_seed_only_and_covers_every_epoch() -> None:
+    blocks = Blocks(np.arange(81, dtype=np.uint16), 8)
+    ordered = OrderedBlocks(blocks, seed=3, count=25)
+    order = [ordered.block(i) for i in range(25)]
+    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
+    assert order[:10] != order[10:20]
+    assert [OrderedBlocks(blocks, 3, 25).block(i) for i in reversed(range(25))] == order[::-1]
+    assert [OrderedBlocks(blocks, 4, 25).block(i) for i in range(10)] != order[:10]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_decay_spares_embeddings_norms_and_biases(tied: bool) -> None:
+    scan = decayed_parameters(small_model(tie_word_embeddings=tied))
+    assert ("lm_head.weight" in scan) is not tied
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11, tie_word_embeddings=tied)
+    gpt2 = decayed_parameters(GPT2LMHeadModel(config))
+    assert ("lm_head.weight" in gpt2) is not tied
+    blocks = {n.partition("h.0.")[2] for n in gpt2 if "h.0." in n}
+    names = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    assert blocks == {f"{name}.weight" for name in names}
+    for part in ("t1", "t2"):
+        assert {n for n in scan if n.startswith(part)} == {f"{part}.h.0.{n}.weight" for n in names}
+    assert not any("wte" in n or "wpe" in n or "norm" in n for n in scan + gpt2)
+
+
+def test_divergence_names_the_step_and_keeps_good_checkpoints(
+    corpus: TokenizedCorpus, tmp_path: Path
+) -> None:
+    model = small_model()
+    forward, calls = model.forward, []
+
+    def poisoned(*args: object, return_logits: bool = True, **kwargs: object) -> object:
+        out = forward(*args, return_logits=return_logits, **kwargs)
+        if model.training:
+            calls.append(1)
+            if len(calls) == 7:
+                out.loss = out.loss * float("nan")
+        return out
+
+    model.forward = poisoned
+    with pytest.raises(ScanLMError, match="not finite at step 7"):
+        train(TrainingSettings(**SMALL, root=str(tmp_path)), model, corpus)
+    (folder,) = tmp_path.glob("*/*")
+    assert Run.open(folder).status == "diverged"
+    assert saved_steps(folder) == [4]
+
+
+def test_interruption_is_recorded(
+    corpus: TokenizedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: object) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scanlm.training._Session._score", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainingSettings(**SMALL, root=str(tmp_path)), small_model(), corpus)
+    (folder,) = tmp_path.glob("*/*")
+    assert Run.open(folder).status == "interrupted"
+
+
+def test_one_chunk_warns(corpus: TokenizedCorpus, tmp_path: Path) -> None:
+    settings = TrainingSettings(**{**SMALL, "steps": 1}, root=str(tmp_path))
+    with pytest.warns(UserWarning, match="nothing is scanned"):
+        train(settings, small_model(chunk_size=8), corpus)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lrr": 1}, "unknown setting 'lrr'.*'lr'"),
+        ({"lr": -1}, "lr=-1.*greater than 0"),
+        ({"batch_size": 6, "gradient_accumulation": 4}, "batch_size=6 is not divisible"),
+        ({"precision": "fp8"}, "precision='fp8'"),
+    ],
+)
+def test_bad_settings(values: dict, message: str) -> None:
+    with pytest.raises(ScanLMError, match=message) as error:
+        TrainingSettings(**values)
+    assert "\n" not in str(error.value)
+
+
+def test_vocabulary_mismatch(corpus: TokenizedCorpus, tmp_path: Path) -> None:
+    with pytest.raises(ScanLMError, match=r"257 tokens.*vocabulary of 100"):
+        train(TrainingSettings(**SMALL, root=str(tmp_path)), small_model(vocab_size=100), corpus)
+
+
+def test_unwritable_output(corpus: TokenizedCorpus, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ScanLMError, match="cannot write to"):
+        train(TrainingSettings(**SMALL, root=str(tmp_path / "file")), small_model(), corpus)

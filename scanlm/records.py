@@ -46,6 +46,9 @@ def run_id(model: str, parameters: Mapping[str, Any], seed: int) -> str:
     return f"{safe}-s{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
+_default_id = run_id  # the parameter of Run.create hides the name
+
+
 class Run:
     """One run's folder, open for writing.
 
@@ -92,7 +95,7 @@ class Run:
                     f"{what}={name!r}: expected letters, digits, '.', '_' or '-', since it names "
                     "a folder"
                 )
-        identity = run_id or globals()["run_id"](model, parameters, seed)
+        identity = run_id or _default_id(model, parameters, seed)
         folder = Path(root) / experiment / identity
         if not resume:
             folder = _unused(folder)

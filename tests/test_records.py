@@ -1,0 +1,155 @@
+"""Run records: crash safety, reading, exporting, captions."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scanlm.errors import ScanLMError
+from scanlm.provenance import git_state
+from scanlm.records import Run, export, read_metrics, read_runs, run_id, source_line
+
+PARAMETERS = {"seq_len": 8, "config": {"chunk_size": 4}}
+
+
+def make(root: Path, seed: int = 0, **options: object) -> Run:
+    return Run.create("embedded", "scanlm_tiny", PARAMETERS, seed, root=root, **options)
+
+
+def test_run_id_follows_from_the_parameters_alone() -> None:
+    one = run_id("m", {"a": 1, "b": 2}, 3)
+    assert one == run_id("m", {"b": 2, "a": 1}, 3)
+    assert one.startswith("m-s3-")
+    assert len(one) == len("m-s3-") + 8
+    assert one != run_id("m", {"a": 1, "b": 3}, 3)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.log("loss", 2.5, split="train", step=1, tokens=32)
+    run.log("loss", 2.0, split="validation", step=1, tokens=32, chunk_size=64)
+    run.finish({"loss": 2.0})
+    metrics = read_metrics(tmp_path)
+    assert list(metrics["value"]) == [2.5, 2.0]
+    assert list(metrics["chunk_size"]) == [4, 64]  # the run's, unless the metric has its own
+    assert set(metrics["run_id"]) == {run.run_id}
+    row = read_runs(tmp_path).iloc[0]
+    assert (row["status"], row["seed"], row["summary.loss"]) == ("finished", 0, 2.0)
+    assert row["parameters.seq_len"] == 8
+
+
+def test_values_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    for value in (math.nan, math.inf, -math.inf):
+        run.log("loss", value, step=1)
+    for line in (run.folder / "metrics.jsonl").read_text().splitlines():
+        parsed = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        assert parsed["value"] is None
+    values = list(read_metrics(run.folder)["value"])
+    assert math.isnan(values[0])
+    assert values[1:] == [math.inf, -math.inf]
+
+
+def test_a_line_cut_short_is_ignored_and_not_continued(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.log("loss", 1.0, step=1)
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"name": "loss", "val')
+    assert list(read_metrics(run.folder)["value"]) == [1.0]
+    again = make(tmp_path)
+    again.log("loss", 0.5, step=2)
+    assert list(read_metrics(run.folder)["value"]) == [1.0, 0.5]
+
+
+def test_damage_in_the_middle_is_named(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    (run.folder / "metrics.jsonl").write_text('{"name"\n{"name": "loss", "value": 1}\n')
+    with pytest.raises(ScanLMError, match=r"metrics\.jsonl, line 1"):
+        read_metrics(run.folder)
+
+
+def test_truncate_drops_later_steps(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    for step in (1, 2, 3):
+        run.log("loss", 1.0, step=step)
+    run.truncate(after_step=2)
+    assert list(read_metrics(run.folder)["step"]) == [1, 2]
+
+
+def test_a_finished_run_is_never_overwritten(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.finish({"loss": 1.0})
+    again = make(tmp_path)
+    assert again.finished
+    for write in (lambda: again.log("loss", 0.0), lambda: again.finish({"loss": 0.0})):
+        with pytest.raises(ScanLMError, match="has finished"):
+            write()
+    assert make(tmp_path, resume=False).run_id == f"{run.run_id}-2"
+    assert run.summary == {"loss": 1.0}
+
+
+def test_an_unfinished_run_is_continued(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.log("loss", 1.0, step=1)
+    run.fail("interrupted", "Ctrl-C")
+    again = make(tmp_path)
+    assert again.folder == run.folder
+    assert (again.status, again.info["started"]) == ("running", run.info["started"])
+    assert len(read_metrics(again.folder)) == 1
+
+
+def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/home/me/bin/scanlm", "train", "--root=/home/me/runs"])
+    run = make(tmp_path / "runs")
+    with pytest.raises(ScanLMError, match="only finished runs"):
+        export(run.folder, tmp_path / "results")
+    run.log("loss", 1.5, step=1, split="train")
+    run.finish({"loss": 1.5, "from": "/home/me/data/x.txt", "url": "https://a.org/b"})
+    path = export(run.folder, tmp_path / "results")
+    assert path == tmp_path / "results" / "embedded" / f"{run.run_id}.json"
+    text = path.read_text()
+    assert "/home" not in text
+    record = json.loads(text)
+    assert record["command"] == "scanlm train --root=runs"
+    assert record["summary"] == {"loss": 1.5, "from": "x.txt", "url": "https://a.org/b"}
+    assert record["metrics"] == [{"name": "loss", "value": 1.5, "step": 1, "split": "train"}]
+    assert export(run.folder, tmp_path / "results").read_text() == text
+    # both forms read alike
+    ours, theirs = read_metrics(run.folder), read_metrics(tmp_path / "results")
+    assert ours.equals(theirs)
+
+
+def test_source_line(tmp_path: Path) -> None:
+    run = make(tmp_path, seed=7)
+    run.info["git_commit"], run.info["git_dirty"] = "0123456789abcdef", True
+    run.finish({"steps": 1000, "tokens": 4096000})
+    line = source_line(run)
+    assert line.startswith("scanlm_tiny; 1,000 steps; 4,096,000 tokens; ")
+    assert "seed 7; commit 01234567 (modified)" in line
+    assert source_line(read_runs(run.folder).iloc[0]) == line
+
+
+def test_no_commit_outside_a_repository(tmp_path: Path) -> None:
+    assert git_state(tmp_path) == {"git_commit": None, "git_dirty": None}
+
+
+def test_records_are_read_without_torch() -> None:
+    code = "import sys, scanlm.records; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(ScanLMError, match="no such file"):
+        read_runs(tmp_path / "nowhere")
+    with pytest.raises(ScanLMError, match=r"no run record at .*run\.json"):
+        Run.open(tmp_path)
+    with pytest.raises(ScanLMError, match="experiment='a/b'"):
+        Run.create("a/b", "m", {}, 0, root=tmp_path)
+    with pytest.raises(ScanLMError, match=r"unknown status 'finish'.*'finished'"):
+        make(tmp_path).fail("finish", "")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ScanLMError, match="cannot write to"):
+        make(tmp_path / "file")

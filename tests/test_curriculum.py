@@ -149,7 +149,7 @@ def test_a_step_does_no_work_on_the_host() -> None:
 def test_folding_is_another_bracketing_of_the_same_words() -> None:
     torch.manual_seed(0)
     config = {**PRESETS["smoke"]["config"], "initializer_range": 0.5}
-    model = ScanLMForCausalLM(ScanLMConfig(vocab_size=6, **config)).eval()
+    model = ScanLMForCausalLM(ScanLMConfig(vocab_size=6, **config)).double().eval()
     x, _ = word_batch("S3", 4, 7)
     plain, folded = word_logits(model, x, True), folded_logits(model, x, 2, True)
     torch.testing.assert_close(folded[2:], plain[2:])

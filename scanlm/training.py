@@ -352,10 +352,11 @@ def experiment_name(corpus: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip("-.") or "corpus"
 
 
-def _build(settings: TrainingSettings, vocab_size: int, device: str | None = None) -> Any:
+def _build(settings: TrainingSettings, vocab_size: int | None, device: str | None = None) -> Any:
     from scanlm.baselines import build_model
 
-    return build_model(settings.model, vocab_size=vocab_size, device=device, **settings.config)
+    fields = {"vocab_size": vocab_size, **settings.config}
+    return build_model(settings.model, device=device, **fields)
 
 
 def _set_dropout(model: Any, rate: float | None) -> None:
@@ -429,7 +430,7 @@ def describe(settings: TrainingSettings) -> dict[str, Any]:
         ``memory_bytes`` and ``memory_formula``, ``experiment``, ``command``. The vocabulary is the
         one in the model's entry, since the corpus has not been read.
     """
-    model = _build(settings, None, "meta")  # type: ignore[arg-type]
+    model = _build(settings, None, "meta")
     number = sum(p.numel() for p in model.parameters())
     c = model.config
     width = int(getattr(c, "hidden_size", 0) or getattr(c, "n_embd", 0))

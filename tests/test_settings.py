@@ -24,6 +24,8 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(
         which: Any, vocab_size: int | None = None, device: str | None = None, **overrides: Any
     ) -> ScanLMForCausalLM:
+        if vocab_size is not None:
+            overrides["vocab_size"] = vocab_size
         with torch.device(device or "cpu"):
             return ScanLMForCausalLM(ScanLMConfig.preset("tiny", **overrides))
 

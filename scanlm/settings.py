@@ -123,7 +123,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "corpus": "embedded",
         "seq_len": 256,
         "batch_size": 16,
-        "steps": 1000,
+        "steps": 800,
         "warmup_steps": 50,
         "lr": 3e-3,
         "eval_every": 200,

@@ -32,7 +32,7 @@ def suffixes(path: Path) -> tuple[str, str]:
 
 
 def read_text(path: Path) -> Iterator[Piece]:
-    """The text of a UTF-8 file in pieces of about a quarter of a megabyte, every character as it is.
+    """The text of a UTF-8 file in pieces of a few hundred kB, nothing changed.
 
     Raises:
         ScanLMError: the file cannot be read or decompressed, or holds a byte that is not UTF-8.

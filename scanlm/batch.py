@@ -1,0 +1,262 @@
+"""Run notebooks from the command line, with parameters.
+
+A notebook is executed by papermill in the environment that runs this code. Its cell tagged
+``parameters`` holds lines ``name = literal  # comment``; a preset is a YAML file
+``notebooks/presets/<notebook>/<preset>.yaml`` that maps some of these names to values.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scanlm.errors import ScanLMError, nearest
+from scanlm.values import read_mapping
+
+
+class NotebookFailed(RuntimeError):
+    """A cell raised, or the kernel died; the message is one line and names the notebook kept."""
+
+
+def notebooks_folder() -> Path:
+    """The folder ``notebooks`` here or above, else the one of the checkout scanlm runs from.
+
+    Raises:
+        ScanLMError: there is none.
+    """
+    here = Path.cwd()
+    checkout = Path(__file__).resolve().parent.parent
+    for folder in (here, *here.parents, checkout):
+        if any((folder / "notebooks").glob("*.ipynb")):
+            return folder / "notebooks"
+    raise ScanLMError(
+        f"no folder notebooks/ in {here} or above: run this in a clone of the repository, or give "
+        "the path of a notebook"
+    )
+
+
+def find_notebook(name: str | Path) -> Path:
+    """A notebook by path, stem (``01_scan_visualization``) or the number it starts with (``01``).
+
+    Raises:
+        ScanLMError: there is none, or the name fits several.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".ipynb":
+        if path.is_file():
+            return path.resolve()
+        raise ScanLMError(f"no notebook {str(name)!r}: no such file")
+    folder = notebooks_folder()
+    stems = sorted(found.stem for found in folder.glob("*.ipynb"))
+    fitting = [stem for stem in stems if stem == str(name)]
+    fitting = fitting or [stem for stem in stems if stem.split("_")[0] == str(name)]
+    if not fitting:
+        raise ScanLMError(f"no notebook {str(name)!r} in {folder}.{nearest(str(name), stems)}")
+    if len(fitting) > 1:
+        raise ScanLMError(f"notebook {str(name)!r} is one of {', '.join(fitting)}: name it in full")
+    return (folder / f"{fitting[0]}.ipynb").resolve()
+
+
+def notebook_parameters(notebook: str | Path) -> dict[str, Any]:
+    """Names and defaults of a notebook's parameters.
+
+    Raises:
+        ScanLMError: a file that is no notebook.
+    """
+    import papermill
+
+    _quiet_papermill()
+    try:
+        inspected = papermill.inspect_notebook(str(notebook))
+    # nbformat raises its own exceptions, json's and jsonschema's
+    except Exception as error:
+        raise ScanLMError(f"{notebook} is not a notebook: {_last_line(error)}") from error
+    return {name: _literal(found["default"]) for name, found in inspected.items()}
+
+
+def read_preset(notebook: str | Path, preset: str | Path) -> dict[str, Any]:
+    """The parameters of a preset: its name, or the path of a YAML file.
+
+    Raises:
+        ScanLMError: no such preset, or a file that is no mapping.
+    """
+    path = Path(preset)
+    if path.suffix in (".yaml", ".yml"):
+        return read_mapping(path)
+    notebook = Path(notebook)
+    folder = notebook.parent / "presets" / notebook.stem
+    path = folder / f"{preset}.yaml"
+    if path.is_file():
+        return read_mapping(path)
+    known = [found.stem for found in folder.glob("*.yaml")]
+    hint = nearest(str(preset), known) if known else f" There are none in {folder}."
+    raise ScanLMError(f"no preset {str(preset)!r} for notebook {notebook.stem}.{hint}")
+
+
+def resolve_parameters(
+    notebook: str | Path,
+    preset: str | Path | None = None,
+    parameters: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What to inject: the preset's values, overridden by ``parameters``.
+
+    papermill only warns about a name that the notebook does not have, and knows no types; here
+    both are checked before anything runs.
+
+    Raises:
+        ScanLMError: an unknown name, or a value of another type than the notebook's default.
+    """
+    defaults = notebook_parameters(notebook)
+    stem = Path(notebook).stem
+    values = read_preset(notebook, preset) if preset is not None else {}
+    for source, given in ((f" (preset {preset})", values), ("", dict(parameters or {}))):
+        for name, value in given.items():
+            if name not in defaults:
+                hint = nearest(name, defaults) if defaults else " It has no parameters."
+                raise ScanLMError(f"notebook {stem} has no parameter {name!r}{source}.{hint}")
+            if not _fits(value, defaults[name]):
+                raise ScanLMError(
+                    f"{name}={value!r}{source}: expected {type(defaults[name]).__name__}, like "
+                    f"the default {defaults[name]!r} of notebook {stem}"
+                )
+    return values | dict(parameters or {})
+
+
+def run_notebook(
+    name: str | Path,
+    preset: str | Path | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    progress: bool | None = None,
+) -> Path:
+    """Execute a notebook with this Python, its folder as working directory.
+
+    Args:
+        name: number, stem or path, as for ``find_notebook``.
+        preset: name of a preset, or a YAML file.
+        parameters: override the preset's and the notebook's values.
+        output: the executed notebook; default
+            ``data/runs/notebooks/<notebook>[-<preset>][-<hash of parameters>].ipynb`` in the folder
+            that holds ``notebooks``. It is written beside as ``*.partial.ipynb`` while it runs, so
+            its existence means that it is complete.
+        progress: a progress bar; default if stderr is a terminal.
+
+    Returns:
+        The executed notebook.
+
+    Raises:
+        ScanLMError: an unknown notebook, preset or parameter; or a cell raised one.
+        NotebookFailed: a cell raised something else, or the kernel died.
+    """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    notebook = find_notebook(name)
+    values = resolve_parameters(notebook, preset, parameters)
+    done = Path(output) if output is not None else _default_output(notebook, preset, parameters)
+    if done.suffix != ".ipynb":
+        raise ScanLMError(f"output {str(done)!r} must end in .ipynb")
+    if done.resolve() == notebook:
+        raise ScanLMError(f"output {str(done)!r} is the notebook itself: choose another file")
+    done = done.resolve()
+    partial = done.with_name(f"{done.stem}.partial.ipynb")
+    try:
+        done.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+    except OSError as error:
+        raise ScanLMError(f"cannot write {done}: {error.strerror}") from error
+    _quiet_papermill()
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(partial),
+            parameters=values,
+            # a user's own kernel of this name must not replace the environment that we run in
+            kernel_manager_class=_kernel_manager(),
+            kernel_name="python3",
+            language="python",
+            progress_bar=sys.stderr.isatty() if progress is None else progress,
+            cwd=str(notebook.parent),
+        )
+    except PapermillExecutionError as error:
+        what = f"{error.ename}: {_last_line(error.evalue)}".rstrip(": ")
+        line = f"notebook {notebook.stem}, cell [{error.exec_count}]: {what} (see {partial})"
+        raise (ScanLMError if error.ename == "ScanLMError" else NotebookFailed)(line) from error
+    except DeadKernelError as error:
+        raise NotebookFailed(
+            f"notebook {notebook.stem}: its kernel died, perhaps out of memory (see {partial})"
+        ) from error
+    os.replace(partial, done)
+    return done
+
+
+def _quiet_papermill() -> None:
+    """papermill logs what its caller says better, and to stderr at that."""
+    import logging
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+
+
+def _kernel_manager() -> Any:
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    class ThisPython(AsyncKernelManager):
+        """Starts kernels of this interpreter, whatever kernel specifications are installed."""
+
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            return KernelSpec(
+                argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+                display_name="Python 3",
+                language="python",
+            )
+
+    return ThisPython
+
+
+def _default_output(
+    notebook: Path, preset: str | Path | None, parameters: Mapping[str, Any] | None
+) -> Path:
+    parts = [notebook.stem]
+    if preset is not None:
+        parts.append(Path(preset).stem)
+    if parameters:
+        text = json.dumps(dict(parameters), sort_keys=True, default=str)
+        parts.append(hashlib.sha256(text.encode()).hexdigest()[:8])
+    root = notebook.parent.parent if notebook.parent.name == "notebooks" else notebook.parent
+    return root / "data" / "runs" / "notebooks" / f"{'-'.join(parts)}.ipynb"
+
+
+def _literal(source: str) -> Any:
+    """The value of a parameter's default; as text where it is not a literal."""
+    try:
+        return ast.literal_eval(source)
+    except (ValueError, SyntaxError):
+        return source
+
+
+def _fits(value: Any, default: Any) -> bool:
+    if value is None or default is None:
+        return True
+    if isinstance(value, bool) or isinstance(default, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, int | float)
+    if isinstance(default, list | tuple):
+        return isinstance(value, list | tuple)
+    return isinstance(value, type(default))
+
+
+def _last_line(error: object) -> str:
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,103 @@
+"""Values as users write them: ``key=value`` on the command line, mappings in YAML files.
+
+Both follow YAML 1.2, not PyYAML's 1.1: ``1e-3`` is a number, ``on`` and ``12:30`` are strings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scanlm.errors import ScanLMError
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the scalars of YAML 1.2, and Python's ``None``, ``True`` and ``False``."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|None|", "~nN\0"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+\.?[0-9]*)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}",
+        re.compile(rf"^(?:{_pattern})$"),
+        ["" if first == "\0" else first for first in _first],
+    )
+
+
+def _null(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> None:
+    return None
+
+
+def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(node.value)  # PyYAML's reads 010 as octal
+
+
+_Loader.add_constructor("tag:yaml.org,2002:null", _null)
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
+
+
+def parse_value(text: str) -> Any:
+    """A value from the command line: number, true/false, null, ``[list]``, else the text itself."""
+    if text == "":
+        return ""
+    try:
+        # a Loader subclass of SafeLoader: no arbitrary objects
+        value = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError):
+        return text
+    # "a: b" and " #" would be read as structure; a word is meant as it is
+    return text if isinstance(value, dict) and not text.startswith("{") else value
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """``["a=1", "b.c=x"]`` as ``{"a": 1, "b.c": "x"}``.
+
+    Raises:
+        ScanLMError: one without ``=``, or a key given twice.
+    """
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise ScanLMError(f"{assignment!r} is no assignment: expected key=value, e.g. lr=3e-4")
+        if key in values:
+            raise ScanLMError(f"{key!r} is given twice: leave one out")
+        values[key] = parse_value(text.strip())
+    return values
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds one mapping; an empty file is an empty mapping.
+
+    Raises:
+        ScanLMError: not YAML (the message names the line), or something else than a mapping.
+    """
+    path = Path(path)
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ScanLMError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ScanLMError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" line {mark.line + 1}," if mark else ""
+        raise ScanLMError(f"{path},{line} is not YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ScanLMError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ScanLMError(f"{path} must hold one mapping, name: value; got {type(value).__name__}")
+    return value

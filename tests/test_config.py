@@ -1,0 +1,88 @@
+"""Sizes by name, and clear refusals of values that make no model."""
+
+import math
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from scanlm import ScanLMConfig, ScanLMError
+
+SIZES = {
+    "tiny": (64, 3, 2),
+    "small": (128, 6, 4),
+    "standard": (256, 12, 8),
+    "base": (768, 12, 12),
+    "medium": (1024, 24, 16),
+    "large": (1280, 36, 20),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_presets_are_the_original_table(name: str) -> None:
+    config = ScanLMConfig.preset(name, chunk_size=32)
+    assert (config.n_embd, config.t2_layers, config.n_head) == SIZES[name]
+    assert (config.t1_layers, config.chunk_size) == (1, 32)
+
+
+def test_an_override_wins_over_the_preset() -> None:
+    config = ScanLMConfig.preset("base", n_head=6, t2_layers=2, t1_layers=3)
+    assert (config.n_embd, config.n_head, config.t2_layers, config.t1_layers) == (768, 6, 2, 3)
+
+
+def test_transformers_names_reach_the_fields() -> None:
+    config = ScanLMConfig.preset("tiny", n_positions=77)
+    assert config.hidden_size == 64
+    assert config.num_attention_heads == 2
+    assert config.num_hidden_layers == 3
+    assert config.max_position_embeddings == 77
+
+
+def test_survives_a_dictionary_and_auto_config() -> None:
+    config = ScanLMConfig.preset(
+        "tiny", chunk_size=8, t1_causal=True, leaf_norm=False, position_embedding="chunk"
+    )
+    again = AutoConfig.for_model(**config.to_dict())
+    assert isinstance(again, ScanLMConfig)
+    assert again.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    "name", ["chunk_size", "t1_layers", "t2_layers", "n_embd", "n_head", "vocab_size"]
+)
+@pytest.mark.parametrize("value", [0, -1, 2.0, 1.5, "4", True, None, math.nan])
+def test_counts_must_be_positive_integers(name: str, value: Any) -> None:
+    with pytest.raises(ScanLMError) as error:
+        ScanLMConfig(**{name: value})
+    message = str(error.value)
+    assert f"{name} must be an integer >= 1, got {value!r}" in message
+    assert "\n" not in message
+
+
+def test_heads_must_divide_the_width() -> None:
+    with pytest.raises(ScanLMError, match=r"n_embd=64 is not divisible by n_head=3"):
+        ScanLMConfig(n_embd=64, n_head=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "meant"),
+    [
+        ("train_mode", "bleloch", "blelloch"),
+        ("train_mode", "Sequential", "sequential"),
+        ("position_embedding", "chunks", "chunk"),
+        ("position_embedding", "absolut", "absolute"),
+    ],
+)
+def test_an_unknown_choice_offers_the_nearest(name: str, wrong: str, meant: str) -> None:
+    with pytest.raises(ScanLMError, match=rf"unknown {name} '{wrong}'.* Did you mean '{meant}'\?"):
+        ScanLMConfig(**{name: wrong})
+
+
+def test_an_unknown_choice_far_from_all_lists_them() -> None:
+    with pytest.raises(ScanLMError, match="Known: blelloch, parallel, sequential"):
+        ScanLMConfig(train_mode="xyz")
+
+
+def test_an_unknown_preset_offers_the_nearest() -> None:
+    with pytest.raises(ScanLMError, match=r"unknown preset 'standart'.* Did you mean 'standard'\?"):
+        ScanLMConfig.preset("standart")

@@ -42,7 +42,10 @@ class _AfterImport(MetaPathFinder):
 
         def execute_and_register(module: Any) -> None:
             execute(module)
-            import_module(ours)
+            # when scanlm.gpt2 is what loads transformers, scanlm.model has to wait for it
+            gpt2 = sys.modules.get("scanlm.gpt2")
+            if not getattr(getattr(gpt2, "__spec__", None), "_initializing", False):
+                import_module(ours)
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

@@ -13,15 +13,30 @@ arXiv 2506.10918, section 3.2).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from scanlm.errors import ScanLMError
-from scanlm.gpt2 import KeyValues
 from scanlm.scan import OnlineScan
 
 Aggregate = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class KeyValues:
+    """Keys and values ``(n, h, s, d / h)`` of the tokens one block's windows already hold."""
+
+    key: Tensor | None = None
+    value: Tensor | None = None
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append new tokens; returns all keys and values."""
+        if self.key is not None and self.value is not None:
+            key, value = torch.cat([self.key, key], dim=2), torch.cat([self.value, value], dim=2)
+        self.key, self.value = key, value
+        return key, value
 
 
 class ScanCache:

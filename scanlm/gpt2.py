@@ -27,6 +27,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from scanlm.cache import KeyValues
 from scanlm.config import ScanLMConfig
 
 
@@ -44,21 +45,6 @@ class Windows:
         return Windows(self.count, self.keep, self.keep)
 
 
-@dataclass
-class KeyValues:
-    """Keys and values ``(n, h, s, d / h)`` of the tokens one block's windows already hold."""
-
-    key: Tensor | None = None
-    value: Tensor | None = None
-
-    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append new tokens; returns all keys and values."""
-        if self.key is not None and self.value is not None:
-            key, value = torch.cat([self.key, key], dim=2), torch.cat([self.value, value], dim=2)
-        self.key, self.value = key, value
-        return key, value
-
-
 def take_kept(x: Tensor, groups: Sequence[Windows]) -> Tensor:
     """Rows of the token matrix that are wanted: ``(sum n * s, d) -> (sum n * keep, d)``."""
     parts = []
@@ -66,6 +52,14 @@ def take_kept(x: Tensor, groups: Sequence[Windows]) -> Tensor:
         windows = rows.view(g.count, g.length, -1)
         parts.append(windows[:, g.length - g.keep :].reshape(g.count * g.keep, -1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class ResidualProjection(Conv1D):
+    """A product whose result is added to the residual stream: initially smaller in deep stacks."""
+
+    def __init__(self, config: ScanLMConfig, num_layers: int, inner: int) -> None:
+        super().__init__(config.n_embd, inner)
+        self.initial_std: float = config.initializer_range / math.sqrt(2 * num_layers)
 
 
 class Attention(nn.Module):
@@ -76,10 +70,9 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.causal = causal
         self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
-        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.c_proj = ResidualProjection(config, num_layers, config.n_embd)
         self.attn_pdrop = config.attn_pdrop
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
-        self.residual_std = config.initializer_range / math.sqrt(2 * num_layers)
 
     def forward(
         self, x: Tensor, groups: Sequence[Windows], only_kept: bool, past: KeyValues | None
@@ -132,10 +125,9 @@ class MLP(nn.Module):
         super().__init__()
         inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
         self.c_fc = Conv1D(inner, config.n_embd)
-        self.c_proj = Conv1D(config.n_embd, inner)
+        self.c_proj = ResidualProjection(config, num_layers, inner)
         self.act = ACT2FN[config.activation_function]
         self.dropout = nn.Dropout(config.resid_pdrop)
-        self.residual_std = config.initializer_range / math.sqrt(2 * num_layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., d) -> (..., d)``."""
@@ -206,11 +198,11 @@ class Stack(nn.Module):
 def init_weights(module: nn.Module, std: float) -> None:
     """GPT-2's initialisation of one module; residual projections are scaled by depth."""
     if isinstance(module, Conv1D | nn.Linear | nn.Embedding):
-        init.normal_(module.weight, std=std)
+        # decided here: transformers ignores a second initialisation of the same weight
+        scaled = isinstance(module, ResidualProjection)
+        init.normal_(module.weight, std=module.initial_std if scaled else std)
         if isinstance(module, Conv1D):
             init.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm):
         init.ones_(module.weight)
         init.zeros_(module.bias)
-    elif isinstance(module, Attention | MLP):
-        init.normal_(module.c_proj.weight, std=module.residual_std)

@@ -96,13 +96,27 @@ class ScanLMForCausalLM(PreTrainedModel, GenerationMixin):
             overrides: other fields of the configuration, e.g. ``t1_layers=2``.
 
         Returns:
-            A model that equals the GPT-2 on sequences of at most ``chunk_size`` tokens. It has no
-            ``leaf_norm``, which GPT-2 has not, unless asked for.
+            A model that equals the GPT-2 on sequences of at most ``2 * chunk_size`` tokens (with
+            ``position_embedding="chunk"``: ``chunk_size``), since the prefix of the second chunk
+            is the first one's embeddings. It has no ``leaf_norm``, which GPT-2 has not, unless
+            asked for.
+
+        Raises:
+            ScanLMError: a GPT-2 whose attention scores are scaled in another way.
         """
         if isinstance(gpt2, str):
             from transformers import GPT2LMHeadModel
 
             gpt2 = GPT2LMHeadModel.from_pretrained(gpt2)
+        for name, usual in (
+            ("scale_attn_weights", True),
+            ("scale_attn_by_inverse_layer_idx", False),
+        ):
+            if getattr(gpt2.config, name) is not usual:
+                raise ScanLMError(
+                    f"this GPT-2 has {name}={getattr(gpt2.config, name)}, which T2's attention "
+                    f"does not do: use one with {name}={usual}"
+                )
         names = (
             "vocab_size n_positions n_embd n_head n_inner activation_function resid_pdrop "
             "embd_pdrop attn_pdrop layer_norm_epsilon initializer_range tie_word_embeddings "
@@ -365,20 +379,25 @@ class ScanLMForCausalLM(PreTrainedModel, GenerationMixin):
     @staticmethod
     def _left_padded_lengths(input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
         """Each row's number of tokens ``(b,)`` if any row is padded at the left."""
-        if mask is None or bool(mask[:, 0].all()):
+        if mask is None:
             return None
-        lengths = mask.sum(1).long()
-        t = input_ids.shape[1]
-        columns = torch.arange(t, device=mask.device)
-        if mask.shape[1] != t or not torch.equal(
-            mask.bool(), columns >= (t - lengths).unsqueeze(1)
-        ):
+        if mask.shape != input_ids.shape:
             raise ScanLMError(
-                "attention_mask must be (batch, tokens) with its zeros at the left of a row: a "
-                "sequence has no holes"
+                f"attention_mask must be (batch, tokens) = {tuple(input_ids.shape)} like "
+                f"input_ids, got {tuple(mask.shape)}"
             )
+        lengths = mask.sum(1).long()
         if bool((lengths == 0).any()):
             raise ScanLMError("attention_mask hides a whole row: every row needs at least a token")
+        falls = (mask[:, 1:] < mask[:, :-1]).any()
+        rises = (mask[:, 1:] > mask[:, :-1]).any()
+        if not bool(rises):
+            return None
+        if bool(falls):
+            raise ScanLMError(
+                "attention_mask must have its zeros at the left of a row (or of every row at the "
+                "right): a sequence has no holes"
+            )
         return lengths
 
     # What generate() asks for

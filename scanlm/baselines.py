@@ -1,0 +1,224 @@
+"""The registry: every model that is trained and compared, and the one way to build it.
+
+A model is one YAML file, shipped in ``scanlm/registry`` or anywhere else (give its path):
+
+    id: my_gpt2                 # what commands and run records call it
+    name: My GPT-2
+    family: gpt2                # which build function
+    description: One sentence.
+    config: {n_layer: 6}        # fields of the family's configuration that differ
+    training: {lr: 3.0e-4}      # fields of TrainingSettings that differ
+
+A family is a build function, ``register_family(name, build)``. Torch and transformers are loaded
+when a model is built, not when the registry is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from scanlm.errors import ScanLMError, nearest
+from scanlm.settings import TrainingSettings
+from scanlm.values import read_mapping
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+REGISTRY = Path(__file__).parent / "registry"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# (fields of the configuration, device or None) -> model; torch's default device is set to it
+Build = Callable[[dict[str, Any], "torch.device | None"], "PreTrainedModel"]
+
+
+class ModelEntry(BaseModel):
+    """One model of the registry.
+
+    Attributes:
+        id: what commands, files and run records call it.
+        family: name of the build function.
+        name, description: for readers.
+        config: fields of the family's configuration that differ from its defaults.
+        training: fields of ``TrainingSettings`` that differ from the defaults.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str = Field(min_length=1, pattern=r"^[\w.-]+$")
+    family: str
+    name: str = ""
+    description: str = ""
+    config: dict[str, Any] = Field(default_factory=dict)
+    training: dict[str, Any] = Field(default_factory=dict)
+
+
+def load_entry(name_or_path: str | Path | ModelEntry) -> ModelEntry:
+    """A model of the registry by id, or one from a YAML file.
+
+    Raises:
+        ScanLMError: an unknown id (with the nearest); a file that is not there, is not YAML (file
+            and line), or has wrong or unknown fields.
+    """
+    if isinstance(name_or_path, ModelEntry):
+        return name_or_path
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or text.endswith((".yaml", ".yml")) or "/" in text:
+        return _read(Path(text).expanduser())
+    path = REGISTRY / f"{text}.yaml"
+    known = _ids()
+    if text not in known:
+        raise ScanLMError(
+            f"unknown model {text!r}.{nearest(text, known)} A model of your own: give the path of "
+            "its YAML file"
+        )
+    return _read(path)
+
+
+def list_entries() -> list[ModelEntry]:
+    """All shipped models, by id."""
+    return [_read(REGISTRY / f"{name}.yaml") for name in _ids()]
+
+
+def build_model(
+    entry: str | Path | ModelEntry,
+    vocab_size: int | None = None,
+    device: str | torch.device | None = None,
+    **overrides: Any,
+) -> PreTrainedModel:
+    """A model with new weights, drawn from torch's global generator.
+
+    Args:
+        entry: what ``load_entry`` takes, or what it returned.
+        vocab_size: ``None``: the entry's own.
+        device: where to make the weights, "meta" for none; ``None``: torch's default.
+        overrides: other fields of the family's configuration.
+
+    Raises:
+        ScanLMError: an unknown model, family or field (with the nearest), a field out of range, or
+            a package that is missing.
+    """
+    import torch
+
+    entry = load_entry(entry)
+    if entry.family not in _FAMILIES:
+        raise ScanLMError(
+            f"model {entry.id!r} is of unknown family {entry.family!r}."
+            f"{nearest(entry.family, _FAMILIES)}"
+        )
+    fields = {**entry.config, **overrides}
+    if vocab_size is not None:
+        fields["vocab_size"] = vocab_size
+    place = torch.device(device) if device is not None else None
+    with place or nullcontext():
+        return _FAMILIES[entry.family](fields, place)
+
+
+@cache
+def _count(family: str, config: str) -> int:
+    entry = ModelEntry(id="count", family=family, config=json.loads(config))
+    return sum(p.numel() for p in build_model(entry, device="meta").parameters())
+
+
+def count_parameters(entry: str | Path | ModelEntry) -> int:
+    """Trainable numbers of a model, a tied embedding counted once; no memory is taken."""
+    entry = load_entry(entry)
+    return _count(entry.family, json.dumps(entry.config, sort_keys=True))
+
+
+def register_family(name: str, build: Build) -> None:
+    """Make ``family: name`` known.
+
+    Args:
+        name: as YAML files write it.
+        build: takes the configuration's fields (a dict) and the device (``None``: the default,
+            which is set either way) and returns the model. ``make_config`` refuses unknown fields.
+    """
+    _FAMILIES[name] = build
+
+
+def make_config(kind: type[PretrainedConfig], fields: Mapping[str, Any]) -> Any:
+    """A configuration of transformers, which itself would take any name.
+
+    The ids of special tokens that a smaller vocabulary does not hold become ``None``.
+
+    Raises:
+        ScanLMError: an unknown field (with the nearest), or a value that the class refuses.
+    """
+    defaults = kind()
+    known = {*defaults.to_dict(), *kind.attribute_map} - {"transformers_version", "model_type"}
+    for name in fields:
+        if name not in known:
+            raise ScanLMError(
+                f"unknown field {name!r} of {kind.__name__}.{nearest(str(name), known)}"
+            )
+    fields = dict(fields)
+    size = fields.get("vocab_size", defaults.vocab_size)
+    for name in TOKEN_IDS:
+        token = fields.get(name, getattr(defaults, name, None))
+        if isinstance(token, int) and isinstance(size, int) and token >= size:
+            fields[name] = None
+    try:
+        return kind(**fields)
+    except ScanLMError:
+        raise
+    # the strict dataclasses of transformers 5 raise errors of their own
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ScanLMError(
+            f"{kind.__name__}: {reason[-1].strip().removeprefix('TypeError: ')}"
+        ) from error
+
+
+def _ids() -> list[str]:
+    return sorted(path.stem for path in REGISTRY.glob("*.yaml"))
+
+
+def _read(path: Path) -> ModelEntry:
+    if not path.is_file():
+        raise ScanLMError(f"no file {str(path)!r}: expected a registry id or a model's YAML file")
+    values = read_mapping(path)
+    unknown = next((name for name in values if name not in ModelEntry.model_fields), None)
+    if unknown is not None:
+        raise ScanLMError(
+            f"{path}: unknown field {unknown!r}.{nearest(unknown, ModelEntry.model_fields)}"
+        )
+    try:
+        entry = ModelEntry(**values)
+        TrainingSettings(**{**entry.training, "model": entry.id})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise ScanLMError(f"{path}: {name}: {first['msg'].lower()}") from error
+    except ScanLMError as error:
+        raise ScanLMError(f"{path}: training: {error}") from error
+    return entry
+
+
+def _scanlm(fields: dict[str, Any], device: torch.device | None) -> PreTrainedModel:
+    from scanlm.config import ScanLMConfig
+    from scanlm.model import ScanLMForCausalLM
+
+    return ScanLMForCausalLM(make_config(ScanLMConfig, fields))
+
+
+def _gpt2(fields: dict[str, Any], device: torch.device | None) -> PreTrainedModel:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = make_config(GPT2Config, fields)
+    if config.n_embd % config.n_head:
+        raise ScanLMError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
+    return GPT2LMHeadModel(config)
+
+
+_FAMILIES: dict[str, Build] = {
+    "scanlm": _scanlm,
+    "gpt2": _gpt2,
+}

@@ -336,7 +336,7 @@ def _no_checkpoint(folder: Path) -> ScanLMError:
     if (folder / "run.json").is_file():
         return ScanLMError(
             f"run {folder} has no checkpoint yet (checkpoint-N): train it further, or save more "
-            "often with save_steps"
+            "often with save_every"
         )
     if folder.is_dir() and any(folder.glob("*.distcp")):
         return ScanLMError(

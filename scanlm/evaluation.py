@@ -8,7 +8,6 @@ results do.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from scanlm.data import (
     TokenizedCorpus,
     TokenSplit,
     default_tokenizer,
+    experiment_name,
     load_corpus,
     prepare,
     tokenizer_hash,
@@ -125,8 +125,7 @@ def evaluate(
         **options,
     }
     seed = int((loaded.run or {}).get("seed") or 0)
-    base = tokens.name.partition("#")[0].replace("wikitext-", "wikitext")
-    experiment = re.sub(r"[^\w.-]+", "-", base).strip("-.") or "corpus"  # it names a folder
+    experiment = experiment_name(tokens.name)
     run = _new_record(experiment, loaded.name, parameters, seed, root) if record else None
     rows: list[dict[str, Any]] = []
     try:
@@ -144,7 +143,7 @@ def evaluate(
                 "seq_len": options["seq_len"],
                 "stride": options["stride"],
                 "original_positions": original_positions,
-                **_figures(result, part, tokens.name),
+                **_figures(result, part, tokens.counted_words(split)),
                 "target": str(target),
                 "path": str(loaded.path),
                 "record": str(run.folder) if run else None,
@@ -294,10 +293,9 @@ def _new_record(
 _METRICS = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
 
 
-def _figures(result: Evaluation, part: TokenSplit, corpus: str) -> dict[str, Any]:
+def _figures(result: Evaluation, part: TokenSplit, words: int) -> dict[str, Any]:
     # per word and per byte only if their nats were all counted
     whole = result.num_tokens == part.num_tokens - 1
-    words = part.num_words + (part.num_lines if corpus.startswith("wikitext") else 0)
     return {
         "loss": result.loss,
         "perplexity": result.perplexity,

@@ -26,7 +26,14 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from scanlm.data import Blocks, TokenizedCorpus, load_corpus, prepare, unigram_entropy
+from scanlm.data import (
+    Blocks,
+    TokenizedCorpus,
+    experiment_name,
+    load_corpus,
+    prepare,
+    unigram_entropy,
+)
 from scanlm.data.token_files import default_tokenizer
 from scanlm.errors import ScanLMError
 from scanlm.flops import training_flops
@@ -226,7 +233,6 @@ class _Session:
         if self.run is None:
             return
         s, part = self.settings, self.tokens["validation"]
-        words = part.num_words + (part.num_lines if self.tokens.name.startswith("wikitext") else 0)
         axes = self._axes("validation")
         for position, loss, count in zip(
             result.positions, result.loss_by_position, result.counts_by_position, strict=True
@@ -240,7 +246,7 @@ class _Session:
             "loss": result.loss,
             "perplexity": result.perplexity,
             "bits_per_byte": result.bits_per_byte(part.num_bytes),
-            "word_perplexity": result.word_perplexity(words),
+            "word_perplexity": result.word_perplexity(self.tokens.counted_words("validation")),
             "num_tokens": result.num_tokens,
             "split": "validation",
             "unigram_entropy": unigram_entropy(part.tokens, self.tokens.vocab_size),
@@ -344,12 +350,6 @@ def resolve_precision(precision: str) -> str:
     if precision == "fp16" and not cuda:
         raise ScanLMError("precision='fp16' needs a GPU: use fp32 or bf16 on a CPU")
     return precision
-
-
-def experiment_name(corpus: str) -> str:
-    """The experiment that runs on a corpus belong to: its name without dashes and splits."""
-    name = corpus.partition("#")[0].replace("wikitext-", "wikitext")
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip("-.") or "corpus"
 
 
 def _build(settings: TrainingSettings, vocab_size: int | None, device: str | None = None) -> Any:

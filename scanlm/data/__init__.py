@@ -6,7 +6,7 @@ cut into other splits (`slices`) and tokenised once into files that later runs m
 """
 
 from scanlm.data.blocks import Blocks, unigram_entropy
-from scanlm.data.corpora import NAMES, Corpus, load_corpus
+from scanlm.data.corpora import NAMES, Corpus, experiment_name, load_corpus
 from scanlm.data.token_files import TokenizedCorpus, TokenSplit, default_tokenizer, prepare
 from scanlm.data.tokenizers import load_tokenizer, tokenizer_hash
 
@@ -17,6 +17,7 @@ __all__ = [
     "TokenSplit",
     "TokenizedCorpus",
     "default_tokenizer",
+    "experiment_name",
     "load_corpus",
     "load_tokenizer",
     "prepare",

@@ -185,6 +185,12 @@ class FileCorpus(Corpus):
         return digest([files, self.text_column if self.documents else None])
 
 
+def experiment_name(corpus: str) -> str:
+    """The experiment that runs on a corpus belong to, a folder's name: ``wikitext103``."""
+    name = corpus.partition("#")[0].replace("wikitext-", "wikitext")
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "corpus"
+
+
 def load_corpus(name_or_path: str | Path, text_column: str = "text") -> Corpus:
     """A corpus by name or path; nothing large is read yet.
 

@@ -48,8 +48,7 @@ class TokenSplit:
         tokens: (num_tokens,) uint16 or uint32, mapped from `path`, read-only.
         num_tokens: the end-of-sequence token after each document included.
         num_words: whitespace-separated words of the text.
-        num_lines: line feeds in the text. WikiText's published word counts, by which per-word
-            perplexities are normalised, are ``num_words + num_lines``.
+        num_lines: line feeds in the text.
         num_bytes: bytes of the text in UTF-8.
         path: the token file.
         sha256: of the token file.
@@ -96,6 +95,12 @@ class TokenizedCorpus:
                 f"corpus {self.name!r} has no split {split!r}; it has {', '.join(self.splits)}"
             )
         return self.splits[split]
+
+    def counted_words(self, split: str) -> int:
+        """What a perplexity per word divides by: words, on WikiText line ends too, as published."""
+        part = self[split]
+        lines = part.num_lines if self.name.startswith("wikitext") else 0
+        return part.num_words + lines
 
     def require_tokenizer(self, expected: str, whose: str) -> None:
         """Raise a ScanLMError unless `expected`, the tokenizer hash of `whose`, is this one's."""

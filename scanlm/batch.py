@@ -215,7 +215,10 @@ def _kernel_manager() -> Any:
         @property
         def kernel_spec(self) -> KernelSpec:
             return KernelSpec(
-                argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+                argv=[
+                    *(sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"),
+                    "--log-level=ERROR",  # else it warns of its own connection, to stderr
+                ],
                 display_name="Python 3",
                 language="python",
             )

@@ -384,8 +384,14 @@ def train(settings: StateTrackingSettings, **options: Any) -> Record:
 
 def _read_jobs(path: Path) -> list[StateTrackingSettings]:
     """Runs of a YAML list, each entry with ``preset``, ``seeds`` and ``set`` (key: value)."""
+    try:
+        listed = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ScanLMError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(listed, list) or not all(isinstance(job, dict) for job in listed):
+        raise ScanLMError(f"{path}: expected a YAML list of {{preset, seeds, set}}")
     jobs = []
-    for job in yaml.safe_load(path.read_text()):
+    for job in listed:
         unknown = set(job) - {"preset", "seeds", "set"}
         if unknown:
             name = min(unknown)
@@ -416,13 +422,18 @@ def main(
 ) -> None:
     """Train the state-tracking curriculum, several runs side by side.
 
-    Example: python -m scanlm.curriculum --preset smoke --seeds 0,1 --set ema=0.99
+    \b
+    Example:
+      scanlm curriculum --preset smoke --seeds 0,1 --set ema=0.99
     """
     try:
         if jobs is not None:
             settings = _read_jobs(jobs)
         else:
-            numbers = [int(s) for s in seeds.replace(",", " ").split()]
+            words = seeds.replace(",", " ").split()
+            if not words or not all(word.isdecimal() for word in words):
+                raise ScanLMError(f"seeds={seeds!r}: expected numbers, e.g. 0,1,2")
+            numbers = [int(word) for word in words]
             settings = [preset_settings(preset, set_ or (), seed=seed) for seed in numbers]
         train_many(
             settings,

@@ -95,7 +95,8 @@ def evaluate(
 
     Raises:
         ScanLMError: a checkpoint that cannot be loaded, a corpus tokenised with another tokenizer,
-            more context than the model has positions for, or a loss that is not finite.
+            a device that is not there, more context than the model has positions for, or a loss
+            that is not finite.
     """
     if context not in CONTEXTS:
         raise ScanLMError(f"unknown context {context!r}.{nearest(str(context), CONTEXTS)}")
@@ -104,7 +105,7 @@ def evaluate(
             f"stride={stride} is for context='sliding', not {context!r}: leave it out"
         )
     wanted = _steps(target, steps)
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = _usable(device)
     loaded = load_checkpoint(target, wanted[0], place, config=config, cache_dir=cache_dir)
     tokens = tokenized(corpus, split, loaded, tokenizer, cache_dir)
     part = tokens[split]
@@ -208,6 +209,17 @@ def tokenized(
         tokens.require_tokenizer(expected, whose)
     _check_vocabulary(loaded, tokens)
     return tokens
+
+
+def _usable(device: str | None) -> str:
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ScanLMError(f"device={device!r} cannot be used here: {reason}") from error
+    return device
 
 
 def _check_vocabulary(loaded: Loaded, tokens: TokenizedCorpus) -> None:

@@ -1,0 +1,5 @@
+"""``python -m scanlm`` is the command ``scanlm``."""
+
+from scanlm.cli import app
+
+app()

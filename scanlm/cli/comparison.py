@@ -1,0 +1,137 @@
+"""Evaluations of several models together: one list of rows, one figure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scanlm.errors import ScanLMError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PICTURES = (".png", ".pdf", ".svg")
+Rows = Sequence[Mapping[str, Any]]
+
+
+def evaluate_all(
+    targets: Sequence[str], corpus: str | None, best_first: bool, **options: Any
+) -> list[dict[str, Any]]:
+    """Rows of ``evaluation.evaluate`` for several targets, read alike.
+
+    Args:
+        targets: as for ``evaluate``.
+        corpus: ``None``: the one that the first target's run was trained on.
+        best_first: in the order of their losses, else of the targets.
+        options: of ``evaluate``.
+
+    Raises:
+        ScanLMError: no corpus is given or known, and whatever ``evaluate`` raises.
+    """
+    from scanlm.evaluation import evaluate
+
+    chosen = corpus if corpus is not None else trained_on(targets[0])
+    rows = [row for target in targets for row in evaluate(target, chosen, **options)]
+    return sorted(rows, key=lambda row: row["loss"]) if best_first else rows
+
+
+def trained_on(target: str) -> str:
+    """The corpus that a run's record names, if its name is enough to find it.
+
+    Raises:
+        ScanLMError: there is no record, or the corpus was a folder.
+    """
+    from scanlm.data import NAMES
+
+    folder = Path(target).expanduser()
+    for place in (folder, folder.parent):
+        try:
+            record = json.loads((place / "run.json").read_text())
+        except (OSError, ValueError):
+            continue
+        name = str(record.get("parameters", {}).get("corpus"))
+        if name.partition("#")[0] in NAMES:
+            return name
+        raise ScanLMError(f"{target}: its corpus {name!r} is no name that is known: give --corpus")
+    raise ScanLMError(f"{target} is no run, so nothing says which corpus to score: give --corpus")
+
+
+def default_figure(rows: Rows, root: str | Path) -> Path:
+    """Where the figure of a comparison goes: named by what is compared."""
+    named = "-".join(dict.fromkeys(str(row["model"]).replace("/", "-") for row in rows))
+    records = json.dumps([[row["path"], row["corpus"], row["context"]] for row in rows])
+    digest = hashlib.sha256(records.encode()).hexdigest()[:8]
+    return Path(root) / "comparisons" / f"{named[:80]}-{digest}.png"
+
+
+def check_figure(path: Path) -> None:
+    """Refuse a path that no picture can be written to, before anything is measured."""
+    if path.suffix not in PICTURES:
+        raise ScanLMError(f"figure {str(path)!r} must end in {', '.join(PICTURES)}")
+
+
+def draw(rows: Rows, path: str | Path) -> Path:
+    """Save the figure of some evaluations: loss by step if one has several, else by position."""
+    from scanlm.plotting import training
+    from scanlm.plotting.figures import source
+    from scanlm.plotting.style import style
+    from scanlm.records import read_runs
+
+    path = Path(path)
+    split = str(rows[0]["split"])
+    records = [row["record"] for row in rows if row["record"]]
+    caption = source(read_runs(*records)) if records else None
+    models = {row["target"]: row["model"] for row in rows}
+    # colours go by family where that tells the models apart
+    by = "model" if len(set(models.values())) == len(models) else "series"
+    with style():
+        if len({row["target"] for row in rows}) < len(rows):
+            frame = _frame(rows, by_position=False)
+            picture = training.loss_curves(frame, "step", split=split, by=by, source=caption)
+        else:
+            frame = _frame(rows, by_position=True)
+            window = max(1, max(int(row["seq_len"]) for row in rows) // 64)
+            picture = training.loss_by_position(
+                frame, split=split, by=by, window=window, source=caption
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.savefig(path)
+    return path
+
+
+def _frame(rows: Rows, by_position: bool) -> pd.DataFrame:
+    """The rows as ``records.read_metrics`` gives metrics, with a name for each curve."""
+    import pandas as pd
+
+    models = {str(row["target"]): str(row["model"]) for row in rows}
+    lines = []
+    for row in rows:
+        target = str(row["target"])
+        # the same model twice, e.g. of two seeds: told apart by where they are
+        several = list(models.values()).count(models[target]) > 1
+        series = Path(target).name if several else models[target]
+        line = {
+            "run_id": target,
+            "model": row["model"],
+            "series": series,
+            "split": row["split"],
+            "step": row["step"],
+            "name": "loss",
+        }
+        if by_position:
+            lines += [
+                line | {"position": int(position), "value": float(loss)}
+                for position, loss, count in zip(
+                    row["positions"],
+                    row["loss_by_position"],
+                    row["counts_by_position"],
+                    strict=True,
+                )
+                if count
+            ]
+        else:
+            lines.append(line | {"value": row["loss"]})
+    return pd.DataFrame(lines)

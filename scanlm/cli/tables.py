@@ -1,0 +1,148 @@
+"""What the commands print: tables for people, plain values for ``--json``."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from scanlm.baselines import ModelEntry
+    from scanlm.data import TokenizedCorpus
+
+WIDE = 200  # columns where no terminal says how many there are
+
+
+def show(table: Table) -> None:
+    """Print a table, whole where the output is a file or a pipe."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+
+
+def show_json(value: Any) -> None:
+    """Print JSON; numpy's arrays are lists, and numbers that JSON does not have are null."""
+    print(json.dumps(_plain(value), indent=2))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):  # numpy's arrays and scalars
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table(*columns: str, left: int = 1) -> Table:
+    """A table whose first ``left`` columns are text and whose others are numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place < left else "right", no_wrap=place == 0)
+    return table
+
+
+def model_rows(entries: Iterable[ModelEntry]) -> list[dict[str, Any]]:
+    """The registry as rows.
+
+    Returns:
+        ``id, name, family, parameters`` (``None`` if the family's package is missing, then ``note``
+        says which), ``training``, ``differs`` (from the default settings), ``config`` and
+        ``description``.
+    """
+    from scanlm.baselines import count_parameters
+    from scanlm.errors import ScanLMError
+    from scanlm.settings import TrainingSettings
+
+    defaults = TrainingSettings().model_dump()
+    rows = []
+    for entry in entries:
+        row: dict[str, Any] = entry.model_dump()
+        own = entry.training.items()
+        row["differs"] = {name: value for name, value in own if value != defaults[name]}
+        try:
+            row["parameters"] = count_parameters(entry)
+        except ScanLMError as error:
+            row |= {"parameters": None, "note": str(error)}
+        rows.append(row)
+    return rows
+
+
+def models_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The registry, one line a model."""
+    from rich.markup import escape
+
+    table = _table("id", "family", "differs from the defaults", "description", "parameters", left=4)
+    for row in rows:
+        settings = " ".join(f"{name}={value}" for name, value in row["differs"].items())
+        number = f"{row['parameters']:,}" if row["parameters"] is not None else "?"
+        words = (row["id"], row["family"], settings, row["description"])
+        table.add_row(*map(escape, words), number)
+    return table
+
+
+def corpus_table(tokens: TokenizedCorpus) -> Table:
+    """The splits of a prepared corpus."""
+    from rich.markup import escape
+
+    table = _table("split", "file", "tokens", "words", "bytes", left=2)
+    table.title = escape(
+        f"{tokens.name}, tokenizer {tokens.tokenizer_spec} ({tokens.vocab_size:,} entries)"
+    )
+    for name, part in tokens.splits.items():
+        numbers = (part.num_tokens, tokens.counted_words(name), part.num_bytes)
+        table.add_row(name, escape(str(part.path)), *(f"{number:,}" for number in numbers))
+    return table
+
+
+def describe_run(facts: Mapping[str, Any]) -> str:
+    """What ``training.describe`` returns, as YAML with the figures people ask for first."""
+    import yaml
+
+    settings, config = facts["settings"], facts["config"]
+    size = "{steps:,} steps x {batch_size} sequences x {seq_len} tokens".format(**settings)
+    lines = [
+        f"parameters: {facts['num_parameters']:,}",
+        f"tokens: {facts['tokens']:,}  # {size}",
+        f"memory: {facts['memory_bytes'] / 2**30:.2f} GiB  # estimate: {facts['memory_formula']}",
+        f"experiment: {facts['experiment']}",
+    ]
+    if facts["flops"]:
+        lines.insert(2, f"flops: {facts['flops']:.3g}")
+    parts = {"settings": settings, "config": config}
+    text = yaml.safe_dump(_plain(parts), sort_keys=False, default_flow_style=None, width=100)
+    return "\n".join([*lines, text.rstrip(), f"command: {facts['command']}"])
+
+
+def evaluation_table(rows: Sequence[Mapping[str, Any]], compare: bool = False) -> Table:
+    """Rows of ``evaluation.evaluate``; to compare, each with its distance from the first."""
+    from rich.markup import escape
+
+    columns = ["model", "step", "corpus", "context", "tokens scored", "loss", "perplexity"]
+    columns += ["per word", "bits/byte", *(["loss - best"] if compare else [])]
+    table = _table(*columns, left=4)
+    for row in rows:
+        context = f"{row['context']} of {row['seq_len']}"
+        context += f", stride {row['stride']}" if row["stride"] else ""
+        context += ", original positions" if row["original_positions"] else ""
+        step = "" if row["step"] is None else f"{row['step']:,}"
+        words = (str(row["model"]), step, f"{row['corpus']} {row['split']}", context)
+        numbers = [f"{row['num_tokens']:,}", f"{row['loss']:.4f}", f"{row['perplexity']:.2f}"]
+        numbers.append(_number(row["word_perplexity"], ".2f"))
+        numbers.append(_number(row["bits_per_byte"], ".4f"))
+        if compare:
+            numbers.append(f"{row['loss'] - rows[0]['loss']:+.4f}")
+        table.add_row(*map(escape, words), *numbers)
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

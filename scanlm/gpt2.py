@@ -30,6 +30,8 @@ from transformers.pytorch_utils import Conv1D
 from scanlm.cache import KeyValues
 from scanlm.config import ScanLMConfig
 
+TINY_WINDOW = 4  # tokens; longer windows go to a fused attention kernel
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -52,6 +54,32 @@ def take_kept(x: Tensor, groups: Sequence[Windows]) -> Tensor:
         windows = rows.view(g.count, g.length, -1)
         parts.append(windows[:, g.length - g.keep :].reshape(g.count * g.keep, -1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def tiny_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
+) -> Tensor:
+    """Softmax attention within windows of very few tokens, as elementwise operations.
+
+    A fused attention kernel gives each window and head a tile of 64 or more rows. Where chunks
+    hold one token (state tracking) a window has two, and such a kernel would take most of a
+    training step.
+
+    Args:
+        query: ``(n, h, a, f)``.
+        key, value: ``(n, h, s, f)``.
+        mask: ``(a, s)``, True where a query may read; ``None``: everywhere.
+        dropout: probability of dropping a weight.
+
+    Returns:
+        ``(n, h, a, f)``.
+    """
+    exact = torch.promote_types(query.dtype, torch.float32)  # sums as a fused kernel has them
+    scores = (query.unsqueeze(3).to(exact) * key.unsqueeze(2)).sum(-1) / math.sqrt(query.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = F.dropout(scores.softmax(-1), dropout)
+    return (weights.unsqueeze(-1) * value.unsqueeze(2)).sum(3).to(query.dtype)
 
 
 class ResidualProjection(Conv1D):
@@ -104,17 +132,16 @@ class Attention(nn.Module):
         if past is not None:
             k, v = past.extend(k, v)
         asked, total = q.shape[2], k.shape[2]
+        dropout = self.attn_pdrop if self.training else 0.0
+        tiny = total <= TINY_WINDOW
+        triangle = self.causal and asked == total and not tiny  # the kernel's own mask
         mask = None
-        if self.causal and 1 < asked < total:  # the queries are the *last* tokens of the window
+        if self.causal and asked > 1 and not triangle:  # queries are the *last* tokens
             mask = torch.ones(asked, total, dtype=torch.bool, device=q.device).tril(total - asked)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.attn_pdrop if self.training else 0.0,
-            is_causal=self.causal and asked == total,
-        )
+        if tiny:
+            out = tiny_attention(q, k, v, mask, dropout)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=triangle)
         return out.transpose(1, 2)
 
 
@@ -199,8 +226,10 @@ def init_weights(module: nn.Module, std: float) -> None:
     """GPT-2's initialisation of one module; residual projections are scaled by depth."""
     if isinstance(module, Conv1D | nn.Linear | nn.Embedding):
         # decided here: transformers ignores a second initialisation of the same weight
-        scaled = isinstance(module, ResidualProjection)
-        init.normal_(module.weight, std=module.initial_std if scaled else std)
+        init.normal_(
+            module.weight,
+            std=module.initial_std if isinstance(module, ResidualProjection) else std,
+        )
         if isinstance(module, Conv1D):
             init.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from scanlm import ScanLMConfig, ScanLMError, ScanLMForCausalLM, sequential_scan
+from scanlm.gpt2 import tiny_attention
 
 Make = Callable[..., Any]
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -605,3 +606,21 @@ def test_a_fully_masked_row_is_refused(
 def test_a_mask_of_another_shape_is_refused(make_model: Make, make_ids: Make) -> None:
     with pytest.raises(ScanLMError, match=r"attention_mask must be \(batch, tokens\)"):
         make_model()(make_ids(2, 5), attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("asked", "total", "causal"), [(1, 2, False), (2, 2, True), (2, 4, True)])
+def test_attention_in_tiny_windows_is_attention(
+    asked: int, total: int, causal: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(5, 3, asked, 8, dtype=dtype)
+    key, value = torch.randn(2, 5, 3, total, 8, dtype=dtype).unbind()
+    mask = torch.ones(asked, total, dtype=torch.bool).tril(total - asked) if causal else None
+    expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), mask)
+    actual = tiny_attention(query, key, value, mask, 0.0)
+    assert actual.dtype == dtype
+    rounding = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(actual.double(), expected, rtol=rounding, atol=rounding)
+    dropped = tiny_attention(query, key, torch.ones_like(value), mask, 0.5)
+    assert dropped.unique().numel() > 1  # weights no longer add up to one

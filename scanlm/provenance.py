@@ -40,18 +40,21 @@ def versions() -> dict[str, str]:
 def git_state(folder: str | Path | None = None) -> dict[str, Any]:
     """``git_commit`` and ``git_dirty`` of the checkout that holds the code; else both ``None``.
 
+    Code that was copied to a cluster without its repository can be told its commit by the
+    environment variable ``SCANLM_COMMIT``: the hash, with ``-dirty`` behind it if files were
+    changed.
+
     Args:
         folder: default this package's. An installed copy inside somebody else's repository is not
             tracked there, and counts as no checkout.
     """
     place = Path(folder) if folder is not None else Path(__file__).parent
-    nothing: dict[str, Any] = {"git_commit": None, "git_dirty": None}
-    if _git(place, "ls-files", "--error-unmatch", ".") is None:
-        return nothing
-    commit, changes = _git(place, "rev-parse", "HEAD"), _git(place, "status", "--porcelain")
-    if commit is None or changes is None:
-        return nothing
-    return {"git_commit": commit.strip(), "git_dirty": bool(changes.strip())}
+    if _git(place, "ls-files", "--error-unmatch", ".") is not None:
+        commit, changes = _git(place, "rev-parse", "HEAD"), _git(place, "status", "--porcelain")
+        if commit is not None and changes is not None:
+            return {"git_commit": commit.strip(), "git_dirty": bool(changes.strip())}
+    told, dash, _ = os.environ.get("SCANLM_COMMIT", "").partition("-")
+    return {"git_commit": told or None, "git_dirty": bool(dash) if told else None}
 
 
 def device_info() -> dict[str, Any]:

@@ -132,8 +132,15 @@ def test_source_line(tmp_path: Path) -> None:
     assert source_line(read_runs(run.folder).iloc[0]) == line
 
 
-def test_no_commit_outside_a_repository(tmp_path: Path) -> None:
+def test_outside_a_repository_the_commit_is_what_one_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SCANLM_COMMIT", raising=False)
     assert git_state(tmp_path) == {"git_commit": None, "git_dirty": None}
+    monkeypatch.setenv("SCANLM_COMMIT", "0123abc")
+    assert git_state(tmp_path) == {"git_commit": "0123abc", "git_dirty": False}
+    monkeypatch.setenv("SCANLM_COMMIT", "0123abc-dirty")
+    assert git_state(tmp_path) == {"git_commit": "0123abc", "git_dirty": True}
 
 
 def test_records_are_read_without_torch() -> None:

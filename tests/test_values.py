@@ -1,0 +1,98 @@
+"""Values of the command line and of YAML files: YAML 1.2's scalars, one-line mistakes."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scanlm.errors import ScanLMError
+from scanlm.values import parse_assignments, parse_value, read_mapping
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3),
+        ("-3", -3),
+        ("010", 10),
+        ("1e-3", 1e-3),
+        ("-.5", -0.5),
+        ("3.", 3.0),
+        (".inf", math.inf),
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("None", None),
+        ("~", None),
+        ("", ""),
+        ("on", "on"),
+        ("no", "no"),
+        ("12:30", "12:30"),
+        ("2026-11-24", "2026-11-24"),
+        ("bpe:4096", "bpe:4096"),
+        ("a: b", "a: b"),
+        ("1_000", "1_000"),
+        ("[1, 2.5, x]", [1, 2.5, "x"]),
+        ("{a: 1}", {"a": 1}),
+        ("'7'", "7"),
+        ("[unclosed", "[unclosed"),
+        ("!!python/object:os.system x", "!!python/object:os.system x"),
+    ],
+)
+def test_a_value_is_read_as_it_is_meant(text: str, value: Any) -> None:
+    read = parse_value(text)
+    assert read == value
+    assert type(read) is type(value)
+
+
+def test_assignments_keep_everything_behind_the_first_equals_sign() -> None:
+    given = ["lr=3e-4", "config.chunk_size = 16", "name=a=b", "empty="]
+    expected = {"lr": 3e-4, "config.chunk_size": 16, "name": "a=b", "empty": ""}
+    assert parse_assignments(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["lr"], "'lr' is no assignment: expected key=value"),
+        (["=3"], "'=3' is no assignment"),
+        (["lr=1", "lr=2"], "'lr' is given twice"),
+    ],
+)
+def test_wrong_assignments_are_refused(given: list[str], message: str) -> None:
+    with pytest.raises(ScanLMError, match=message):
+        parse_assignments(given)
+
+
+def test_a_mapping_file_has_the_same_scalars(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("lr: 1e-3\nmode: on\nsizes: [1, 010]\n# nothing\nnested: {x: None}\n")
+    expected = {"lr": 1e-3, "mode": "on", "sizes": [1, 10], "nested": {"x": None}}
+    assert read_mapping(path) == expected
+    path.write_text("# only a comment\n")
+    assert read_mapping(path) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: 1\nb: [1\nc: 2\n", r"a\.yaml, line \d, is not YAML: "),
+        (b"a: 1\n\tb: 2\n", r"a\.yaml, line 2, is not YAML: "),
+        (b"- 1\n- 2\n", "must hold one mapping, name: value; got list"),
+        (b"1: x\n", "must hold one mapping"),
+        (b"a: \xff\n", "is not UTF-8: .* at byte 3"),
+        (b"a: \x00\n", "is not YAML: "),
+    ],
+)
+def test_a_wrong_mapping_file_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ScanLMError, match=message) as caught:
+        read_mapping(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_mapping_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ScanLMError, match=r"cannot read .*b\.yaml: No such file"):
+        read_mapping(tmp_path / "b.yaml")

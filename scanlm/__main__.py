@@ -1,5 +1,6 @@
-"""``python -m scanlm`` is the command ``scanlm``."""
+"""``python -m scanlm``: the command, for installations whose scripts are not on the path."""
 
 from scanlm.cli import app
 
-app()
+if __name__ == "__main__":
+    app()

@@ -12,16 +12,22 @@ arXiv 2506.10918, section 3.2).
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scanlm.errors import ScanLMError
 from scanlm.scan import OnlineScan
 
 Aggregate = Callable[[Tensor, Tensor], Tensor]
+FILE_FORMAT = "scanlm-cache-1"
 
 
 @dataclass
@@ -43,7 +49,8 @@ class ScanCache:
     """State of sequences of one length, advanced in place by the model's ``forward``.
 
     Args:
-        aggregate: the model's T1, ``(batch, c, n_embd)`` twice to the same shape.
+        aggregate: the model's T1, ``(batch, c, n_embd)`` twice to the same shape: its bound
+            method ``model.aggregate``, by which the cache knows its model.
         num_blocks: T2's number of blocks.
 
     Attributes:
@@ -93,9 +100,22 @@ class ScanCache:
         """Tokens seen (the name is transformers')."""
         return self.length
 
+    @property
+    def batch_size(self) -> int | None:
+        """Sequences held; ``None`` before the first token."""
+        held = self.tensors
+        return held[0].shape[0] if held else None
+
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor held by ``function`` of it."""
-        self.counter.map(function)
+        made: dict[int, Tensor] = {}
+
+        def once(state: Tensor) -> Tensor:  # the largest root is its own fold: keep it one tensor
+            if id(state) not in made:
+                made[id(state)] = function(state)
+            return made[id(state)]
+
+        self.counter.map(once)
         for kv in self.window:
             if kv.key is not None and kv.value is not None:
                 kv.key, kv.value = function(kv.key), function(kv.value)
@@ -126,12 +146,155 @@ class ScanCache:
                 "past_key_values is the cache of another model: start without one, or use the "
                 "model that made it"
             )
-        for held in self.tensors[:1]:
+        states = [*self.counter.states[:1], *([] if self.chunk is None else [self.chunk])]
+        for held in states[:1]:  # under autocast keys and values have a dtype of their own
             if held.shape[0] != x.shape[0]:
                 raise ScanLMError(
                     f"past_key_values holds {held.shape[0]} sequences, the input has {x.shape[0]}: "
                     "continue with the same batch"
                 )
+            if held.dtype != x.dtype:
+                raise ScanLMError(
+                    f"past_key_values is {held.dtype}, the model computes in {x.dtype}: convert "
+                    "the cache with cache.map(lambda t: t.to(...)), or start without one"
+                )
+            if held.device != x.device:
+                raise ScanLMError(
+                    f"past_key_values is on {held.device}, the model on {x.device}: move the "
+                    "cache with cache.map(lambda t: t.to(...))"
+                )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the state to one safetensors file, replacing it as a whole.
+
+        Returns:
+            The path.
+
+        Raises:
+            ScanLMError: nothing was seen yet, or the file cannot be written.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        batch = self.batch_size
+        if batch is None:
+            raise ScanLMError("an empty cache has nothing to save: run the model on a prompt first")
+        tensors = {f"root.{i}": t for i, t in enumerate(self.counter.states)}
+        # the first fold is the first root
+        tensors |= {f"fold.{i}": t for i, t in enumerate(self.counter.folds) if i > 0}
+        for i, kv in enumerate(self.window):
+            if kv.key is not None and kv.value is not None:
+                tensors |= {f"key.{i}": kv.key, f"value.{i}": kv.value}
+        if self.chunk is not None:
+            tensors["chunk"] = self.chunk
+        model = _model_of(self.counter.combine)
+        about = {
+            "format": FILE_FORMAT,
+            "model": fingerprint(model),
+            "dtype": str(_dtype(model)),
+            "batch_size": str(batch),
+            "length": str(self.length),
+            "num_chunks": str(self.counter.num_chunks),
+        }
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            # contiguous copies: views of one buffer cannot be stored
+            save_file(
+                {
+                    n: t.detach().clone(memory_format=torch.contiguous_format)
+                    for n, t in tensors.items()
+                },
+                temporary,
+                metadata=about,
+            )
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            raise ScanLMError(
+                f"cannot write the cache to {path}: {error}; choose a folder that exists and can "
+                "be written to"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any, batch_size: int | None = None) -> ScanCache:
+        """Read what ``save`` wrote.
+
+        Args:
+            path: the file.
+            model: the ``ScanLMForCausalLM`` that made the state; the same weights loaded again do.
+            batch_size: the number of sequences that will be continued, to refuse others here.
+
+        Raises:
+            ScanLMError: no such file, not a saved cache, or the state of another model, dtype or
+                batch size.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise ScanLMError(f"no saved cache at {path}: no such file")
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                if about.get("format") != FILE_FORMAT:
+                    raise ScanLMError(
+                        f"{path} is no saved ScanCache (format {about.get('format')!r}, expected "
+                        f"{FILE_FORMAT!r}): write one with cache.save"
+                    )
+                device = next(model.parameters()).device
+                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ScanLMError(f"{path} is no safetensors file, or is damaged: {error}") from error
+        if about["dtype"] != str(_dtype(model)):
+            raise ScanLMError(
+                f"the cache in {path} is of a model in {about['dtype']}, this one is in "
+                f"{_dtype(model)}: convert the model with model.to(...)"
+            )
+        if about["model"] != fingerprint(model):
+            raise ScanLMError(
+                f"the cache in {path} is of another model or of other weights: load the model "
+                "that made it, or run the prompt again"
+            )
+        if batch_size is not None and int(about["batch_size"]) != batch_size:
+            raise ScanLMError(
+                f"the cache in {path} holds {about['batch_size']} sequences, expected "
+                f"{batch_size}: continue with the same batch"
+            )
+        cache = cls(model.aggregate, model.config.t2_layers)
+        cache.length = int(about["length"])
+        roots = [tensors[f"root.{i}"] for i in range(sum(n.startswith("root.") for n in tensors))]
+        folds = [*roots[:1], *(tensors[f"fold.{i}"] for i in range(1, len(roots)))]
+        cache.counter.restore(int(about["num_chunks"]), roots, folds)
+        cache.chunk = tensors.get("chunk")
+        if "key.0" in tensors:
+            layers = range(cache.num_blocks)
+            cache.window = [KeyValues(tensors[f"key.{i}"], tensors[f"value.{i}"]) for i in layers]
+        return cache
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tells models and weights apart: a digest of the shape and some values of each parameter."""
+    digest = hashlib.sha256()
+    config = getattr(model, "config", None)
+    if config is not None:
+        names = ("chunk_size", "n_head", "t1_causal", "leaf_norm", "position_embedding")
+        digest.update(json.dumps([getattr(config, name) for name in names]).encode())
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        step = max(values.numel() // 16, 1)
+        sample = values[::step].double().cpu().tolist()
+        digest.update(json.dumps([name, list(parameter.shape), sample]).encode())
+    return digest.hexdigest()
+
+
+def _model_of(aggregate: Aggregate) -> Any:
+    return aggregate.__self__  # type: ignore[attr-defined]
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
 
 
 class RaggedScanCache:
@@ -159,6 +322,23 @@ class RaggedScanCache:
     def num_bytes(self) -> int:
         """Memory of the state in bytes."""
         return sum(cache.num_bytes for _, cache in self.parts)
+
+    def fork(self) -> RaggedScanCache:
+        """An independent copy."""
+        return RaggedScanCache([(r, cache.fork()) for r, cache in self.parts], self.columns)
+
+    def check_batch(self, batch: int) -> None:
+        """Refuse a continuation of another number of rows.
+
+        Raises:
+            ScanLMError: the batch is not the one that the cache holds.
+        """
+        held = sum(len(rows) for rows, _ in self.parts)
+        if held != batch:
+            raise ScanLMError(
+                f"past_key_values holds {held} sequences, the input has {batch}: continue with "
+                "the same batch"
+            )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep row ``beam_idx[i]`` as row i; beams must come from a row of the same length.

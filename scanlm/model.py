@@ -18,6 +18,7 @@ Shapes: ``b`` sequences, ``t`` tokens, ``c`` = chunk_size, ``d`` = n_embd, ``v``
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -256,6 +257,7 @@ class ScanLMForCausalLM(PreTrainedModel, GenerationMixin):
             return self._whole(input_ids)
         if isinstance(cache, ScanCache):
             return self._stream(input_ids, cache, wanted)
+        cache.check_batch(input_ids.shape[0])
         cache.columns += input_ids.shape[1]
         hidden = input_ids.new_zeros((*input_ids.shape, self.config.n_embd), dtype=self.dtype)
         for rows, part in cache.parts:
@@ -278,6 +280,54 @@ class ScanLMForCausalLM(PreTrainedModel, GenerationMixin):
     def new_cache(self) -> ScanCache:
         """An empty streaming state of this model."""
         return ScanCache(self.aggregate, self.config.t2_layers)
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: AnyCache | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> Iterator[Tensor]:
+        """Generate token after token, each in the same time (``scanlm.decoder``).
+
+        The prompt is read in parallel. On a GPU the tokens come from captured graphs and the
+        host does not wait for them: it waits where a token is looked at. Stop by leaving the loop.
+
+        Example:
+            >>> for token in model.stream(prompt, temperature=0.8, top_p=0.95):
+            ...     print(tokenizer.decode(token), end="", flush=True)
+
+        Args:
+            input_ids: the prompt ``(b, t)``, or what follows ``past_key_values``.
+            attention_mask: ``(b, t)``, zeros where rows are padded at the left.
+            past_key_values: state to continue from. It is advanced in place when the generator
+                ends or is closed, and then holds all tokens but the last one yielded.
+            max_new_tokens: ``None`` goes on until the positions end, and with
+                ``position_embedding="chunk"`` forever.
+            temperature, top_k, top_p: see ``scanlm.sampling.Sampling``; the default is greedy.
+
+        Returns:
+            A generator of tokens ``(b,)`` on the model's device.
+
+        Raises:
+            ScanLMError: as ``forward``; more tokens than positions; a model in training mode; a
+                sampling parameter out of range. All of it before anything is generated.
+        """
+        from scanlm.decoder import stream
+
+        return stream(
+            self,
+            input_ids,
+            attention_mask,
+            past_key_values,
+            max_new_tokens,
+            temperature,
+            top_k,
+            top_p,
+        )
 
     @can_return_tuple
     def forward(

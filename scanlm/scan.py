@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -326,6 +326,21 @@ class OnlineScan(Generic[T]):
         other._pushes = self._pushes
         return other
 
+    def restore(self, num_chunks: int, roots: Sequence[T], folds: Sequence[T]) -> None:
+        """Take over the ``states`` and ``folds`` of a counter after ``num_chunks`` chunks.
+
+        Raises:
+            ValueError: their number is not that of the binary digits of ``num_chunks``.
+        """
+        heights = [h for h in reversed(range(num_chunks.bit_length())) if num_chunks >> h & 1]
+        if not len(heights) == len(roots) == len(folds):
+            raise ValueError(
+                f"{num_chunks} chunks have {len(heights)} roots and folds, got {len(roots)} and "
+                f"{len(folds)}"
+            )
+        self._heights, self._roots, self._folds = heights, list(roots), list(folds)
+        self.num_chunks = num_chunks
+
     def push(self, x: T, height: int = 0) -> None:
         """Fold in one more chunk, or a perfect tree of ``2 ** height`` chunks.
 
@@ -367,10 +382,12 @@ class OnlineScan(Generic[T]):
         start = 0
         for height in reversed(range(n.bit_length())):
             if n >> height & 1:
-                self._heights.append(height)
-                self._roots.append(tree.trees[height][:, start >> height].clone())  # type: ignore[arg-type]
+                root: Any = tree.trees[height][:, start >> height].clone()
                 start += 1 << height
-                self._folds.append(tree.prefixes[:, start - 1].clone())  # type: ignore[arg-type]
+                fold: Any = tree.prefixes[:, start - 1].clone() if self._folds else root
+                self._heights.append(height)
+                self._roots.append(root)
+                self._folds.append(fold)
         self.num_chunks += n
         self._pushes += 1
 

@@ -358,11 +358,15 @@ def _checked_tokens(model: nn.Module, tokens: Any, max_tokens: int | None) -> np
     return tokens
 
 
+class NotFinite(ScanLMError):
+    """The model's loss is NaN or infinite."""
+
+
 def _check_finite(row: np.ndarray, first: int, where: str) -> None:
     wrong = np.flatnonzero(~np.isfinite(row))
     if len(wrong):
         at = int(wrong[0])
-        raise ScanLMError(
+        raise NotFinite(
             f"the loss is {row[at]} at token {first + at + 1} ({where.format(at)}): the weights "
             "hold NaN or overflow in this precision; check the checkpoint, or try precision='fp32'"
         )

@@ -39,7 +39,7 @@ from scanlm.errors import ScanLMError
 from scanlm.flops import training_flops
 from scanlm.progress import Progress
 from scanlm.records import Run, read_metrics
-from scanlm.scoring import Evaluation, check_context, evaluate_blocks
+from scanlm.scoring import Evaluation, NotFinite, check_context, evaluate_blocks
 from scanlm.settings import PRESETS, TrainingSettings, resolve_settings
 from scanlm.trainer import Diverged, ExactTrainer, OrderedBlocks, saved_steps
 
@@ -207,14 +207,18 @@ class _Session:
 
     def _evaluate(self, max_tokens: int | None) -> Evaluation:
         s = self.settings
-        return evaluate_blocks(
-            self.model,
-            self.tokens["validation"].tokens,
-            s.seq_len,
-            batch_size=max(s.batch_size // s.gradient_accumulation, 1),
-            precision=self.precision if self.precision != "fp32" else None,
-            max_tokens=max_tokens,
-        )
+        try:
+            return evaluate_blocks(
+                self.model,
+                self.tokens["validation"].tokens,
+                s.seq_len,
+                batch_size=max(s.batch_size // s.gradient_accumulation, 1),
+                precision=self.precision if self.precision != "fp32" else None,
+                max_tokens=max_tokens,
+            )
+        except NotFinite as error:
+            step = self.trainer.state.global_step or s.steps
+            raise Diverged(step, "the validation loss") from error
 
     def _score(self) -> float:
         begun = time.perf_counter()
@@ -459,12 +463,13 @@ def describe(settings: TrainingSettings) -> dict[str, Any]:
 
 
 def equivalent_command(settings: TrainingSettings) -> str:
-    """A ``scanlm train`` command that needs no preset and no registry defaults."""
+    """A ``scanlm train`` command for these settings that names no preset."""
     import json
     import shlex
 
+    without = resolve_settings(settings.model, None, {"corpus": settings.corpus}).model_dump()
     values = settings.model_dump(exclude={"model", "corpus", "config"})
-    pairs = [(k, v) for k, v in values.items() if v != TrainingSettings.model_fields[k].default]
+    pairs = [(k, v) for k, v in values.items() if v != without[k]]
     pairs += [(f"config.{name}", value) for name, value in settings.config.items()]
     words = ["scanlm", "train", settings.model, "--corpus", settings.corpus]
     for name, value in pairs:

@@ -1,0 +1,483 @@
+"""Every command: what it passes on, what it prints, and mistakes in one line without traceback."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner, Result
+
+import scanlm
+from scanlm.cli import app
+
+COMMANDS = ["models", "prepare", "train", "evaluate", "run", "figures", "export", "curriculum"]
+HEAVY = ["torch", "transformers", "matplotlib", "datasets", "papermill", "pandas", "fla", "rich"]
+SMALL = ["n_embd=8", "n_head=2", "chunk_size=4", "t2_layers=1", "n_positions=64"]
+QUICK = ["seq_len=8", "batch_size=2", "steps=4", "save_every=2", "eval_every=2", "log_every=2"]
+
+
+def scan(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in arguments], prog_name="scanlm")
+
+
+def fine(*arguments: object) -> str:
+    result = scan(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(*arguments: object, code: int = 1) -> str:
+    """The one line that a mistake ends with."""
+    result = scan(*arguments)
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+def train_arguments(model: str, corpus: Path, root: Path) -> list[str]:
+    fields = [f"config.{field}" for field in SMALL] if model == "scanlm_tiny" else []
+    fields += ["config.n_embd=8", "config.n_head=2"] if model == "gpt2_tiny" else []
+    options = [*fields, *QUICK, f"root={root / 'runs'}", f"cache_dir={root / 'cache'}"]
+    sets = [word for option in options for word in ("--set", option)]
+    return ["train", model, "--corpus", str(corpus), "--tokenizer", "bytes", *sets]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for split, number in (("train", 40), ("validation", 4), ("test", 4)):
+        (folder / f"{split}.txt").write_text("the scan folds chunks into states\n" * number)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two models trained by the command, and where everything is."""
+    root = tmp_path_factory.mktemp("trained")
+    runs = {}
+    for model in ("scanlm_tiny", "gpt2_tiny"):
+        printed = fine(*train_arguments(model, corpus, root))
+        runs[model] = Path(printed.rpartition("run: ")[2].strip())
+    return {"runs": runs, "root": root / "runs", "cache": root / "cache", "corpus": corpus}
+
+
+def evaluate_arguments(trained: dict[str, Any], *targets: object) -> list[object]:
+    options = ["--corpus", trained["corpus"], "--cache-dir", trained["cache"]]
+    return ["evaluate", *targets, *options, "--root", trained["root"]]
+
+
+# Help
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom scanlm.cli import app\n"
+        f"try: app({arguments!r})\nexcept SystemExit as end: assert not end.code\n"
+        f"print('loaded:', [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("loaded: []\n"), done.stdout + done.stderr
+
+
+def test_help_lists_every_command() -> None:
+    text = fine("--help")
+    listed = text.partition("Commands:")[2].split("\n")
+    assert [line.split()[0] for line in listed if line.strip()] == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_an_example(command: str) -> None:
+    text = fine(command, "--help")
+    assert f"Usage: scanlm {command}" in text
+    assert f"scanlm {command}" in text.partition("Example:")[2]
+
+
+def test_the_version_is_the_packages() -> None:
+    assert fine("--version").strip() == scanlm.__version__
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "scanlm", "train", "scanlm_tny"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("scanlm: unknown model 'scanlm_tny'. Did you mean 'scanlm_tiny'?")
+    assert done.stderr.count("\n") == 1
+
+
+# Wrong usage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "No such command 'trian'. Did you mean 'train'?; see scanlm --help"),
+        (["train"], "scanlm train: Missing argument 'model'; see scanlm train --help"),
+        (["train", "x", "--lrr", "1"], "No such option: --lrr"),
+        (["train", "x", "--lr", "fast"], "Invalid value for '--lr'"),
+        (["train", "x", "--steps", "1.5"], "Invalid value for '--steps'"),
+        (["--nonsense"], "No such option: --nonsense"),
+        (["evaluate"], "scanlm evaluate: Missing argument"),
+        (["run", "01", "-p"], "-p"),
+        (["curriculum", "--presett", "smoke"], "No such option: --presett"),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments: list[str], message: str) -> None:
+    assert message in refused(*arguments, code=2)
+
+
+def test_no_command_shows_the_help() -> None:
+    result = scan()
+    assert result.exit_code == 2
+    assert "Commands:" in result.stderr
+
+
+# Models
+
+
+def test_models_lists_parameters_and_what_differs() -> None:
+    rows = {row["id"]: row for row in json.loads(fine("models", "--json"))}
+    assert rows["gpt2_small_wikitext103_drop01"]["parameters"] == 124_439_808
+    # beta2 is in the entry too, and is the default
+    assert rows["gpt2_small_wikitext103_drop01"]["differs"] == {"lr": 1e-4, "steps": 30518}
+    assert rows["scanlm_tiny"]["family"] == "scanlm"
+    table = fine("models")
+    line = next(line for line in table.splitlines() if "gpt2_small_wikitext103_drop01" in line)
+    assert "gpt2 " in line
+    assert "lr=0.0001 steps=30518" in line
+    assert line.rstrip().endswith("124,439,808")
+    assert all(f" {name} " in table for name in rows)
+
+
+def test_a_family_without_its_package_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scanlm import baselines
+
+    def missing(entry: Any) -> int:
+        raise scanlm.ScanLMError("needs a package")
+
+    monkeypatch.setattr(baselines, "count_parameters", missing)
+    rows = json.loads(fine("models", "--json"))
+    assert {row["parameters"] for row in rows} == {None}
+    assert rows[0]["note"] == "needs a package"
+    assert "?" in fine("models")
+
+
+# Prepare
+
+
+def test_prepare_writes_token_files(corpus: Path, tmp_path: Path) -> None:
+    table = fine("prepare", corpus, "--tokenizer", "bytes", "--cache-dir", tmp_path)
+    files = {path.stem: path for path in tmp_path.glob("tokens/*/*.bin")}
+    assert set(files) == {"train", "validation", "test"}
+    line = next(line for line in table.splitlines() if line.strip().startswith("test"))
+    assert line.split()[2:] == ["136", "24", "136"]  # tokens, words, bytes
+
+
+def test_prepare_refuses_what_is_no_corpus(tmp_path: Path) -> None:
+    assert "Did you mean 'embedded'?" in refused("prepare", "embeded")
+    (tmp_path / "train.txt").write_bytes(b"caf\xe9 and more")
+    assert "UTF-8" in refused("prepare", tmp_path, "--tokenizer", "bytes", "--cache-dir", tmp_path)
+    assert "unknown tokenizer 'byte'" in refused("prepare", "embedded", "--tokenizer", "byte")
+
+
+# Train
+
+
+def test_dry_run_prints_the_whole_configuration_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sets = ["--set", "config.chunk_size=16", "--set", "gradient_accumulation=2"]
+    options = ["--lr", "2e-3", "--steps", "7", "--seed", "3", "--batch-size", "4", *sets]
+    facts = yaml.safe_load(fine("train", "scanlm_tiny", "--dry-run", "--exp-name", "e", *options))
+    settings = {"lr": 2e-3, "steps": 7, "seed": 3, "batch_size": 4, "corpus": "embedded"}
+    settings |= {"experiment": "e", "gradient_accumulation": 2, "wandb": False, "beta2": 0.999}
+    assert settings.items() <= facts["settings"].items()
+    assert facts["config"]["chunk_size"] == 16
+    assert facts["parameters"] == "298,752"
+    assert facts["tokens"] == "7,168"
+    assert facts["memory"].endswith(" GiB")
+    assert facts["command"].startswith("scanlm train scanlm_tiny --corpus embedded --set ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_printed_command_is_the_same_training(tmp_path: Path) -> None:
+    options = ["--preset", "smoke", "--set", "config.chunk_size=16", "--set", "eval_tokens=null"]
+    first = yaml.safe_load(fine("train", "scanlm_tiny", *options, "--dry-run"))
+    again = yaml.safe_load(fine(*first["command"].split()[1:], "--dry-run"))
+    assert again["settings"] == first["settings"]
+    assert again["config"] == first["config"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "lrr=1"], "unknown setting 'lrr'. Did you mean 'lr'?"),
+        (["--set", "config.chunksize=1"], "'config.chunksize'. Did you mean 'chunk_size'?"),
+        (["--set", "confg.chunk_size=1"], "unknown setting 'confg.chunk_size'"),
+        (["--set", "lr"], "'lr' is no assignment: expected key=value"),
+        (["--lr", "1", "--set", "lr=1"], "'lr' is given twice"),
+        (["--lr", "1", "--set", "training.lr=1"], "'training.lr' is given twice"),
+        (["--preset", "smokey"], "unknown preset 'smokey'. Did you mean 'smoke'?"),
+        (["--lr", "-1"], "lr=-1.0: input should be greater than 0"),
+        (["--steps", "0"], "steps=0: input should be greater than or equal to 1"),
+        (["--set", "config.chunk_size=0"], "chunk_size"),
+        (["--set", "config.n_head=5"], "n_head"),
+    ],
+)
+def test_wrong_settings_are_one_line(options: list[str], message: str) -> None:
+    assert message in refused("train", "scanlm_tiny", "--dry-run", *options)
+
+
+def test_a_malformed_model_file_names_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("id: mine\nfamily: [gpt2\n")
+    assert "mine.yaml, line 3, is not YAML" in refused("train", path, "--dry-run")
+
+
+def test_train_writes_a_run_and_repeats_nothing(trained: dict[str, Any], corpus: Path) -> None:
+    run = trained["runs"]["scanlm_tiny"]
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    arguments = train_arguments("scanlm_tiny", corpus, trained["root"].parent)
+    assert fine(*arguments).startswith(f"already finished: {run}")
+
+
+def test_divergence_is_one_line_and_recorded(corpus: Path, tmp_path: Path) -> None:
+    said = refused(*train_arguments("scanlm_tiny", corpus, tmp_path), "--lr", "1e30")
+    assert "training diverged: the validation loss is not finite at step 2" in said
+    (record,) = tmp_path.glob("runs/*/*/run.json")
+    assert json.loads(record.read_text())["status"] == "diverged"
+
+
+def test_an_unwritable_folder_is_one_line(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    said = refused(*train_arguments("scanlm_tiny", corpus, tmp_path))
+    assert f"cannot write to {tmp_path / 'runs'}" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted: the same command goes on from the last"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "out of GPU memory: lower the batch"),
+        (MemoryError(), 1, "out of memory: lower the batch size"),
+        (FileNotFoundError(2, "No such file or directory", "a/b"), 1, "scanlm: a/b: No such file"),
+        (OSError(28, "No space left on device"), 1, "scanlm: No space left on device"),
+    ],
+)
+def test_what_stops_training_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
+) -> None:
+    def stopped(settings: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("scanlm.training.train", stopped)
+    assert message in refused("train", "scanlm_tiny", code=code)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(settings: Any) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("scanlm.training.train", wrong)
+    assert str(scan("train", "scanlm_tiny").exception) == "shapes differ"
+
+
+# Evaluate
+
+
+def test_evaluate_prints_json_with_the_loss_by_position(trained: dict[str, Any]) -> None:
+    run = trained["runs"]["scanlm_tiny"]
+    (row,) = json.loads(fine(*evaluate_arguments(trained, run), "--json"))
+    assert (row["model"], row["step"], row["split"]) == ("scanlm_tiny", 4, "test")
+    assert row["num_tokens"] == 135
+    mean = sum(
+        loss * count
+        for loss, count in zip(row["loss_by_position"], row["counts_by_position"], strict=True)
+    )
+    assert mean / row["num_tokens"] == pytest.approx(row["loss"])
+
+
+def test_evaluate_takes_several_steps(trained: dict[str, Any], tmp_path: Path) -> None:
+    run, figure = trained["runs"]["scanlm_tiny"], tmp_path / "steps.png"
+    # the target may stand behind the steps
+    arguments = ["evaluate", "--steps", "4", "2", *evaluate_arguments(trained, run)[1:]]
+    rows = json.loads(fine(*arguments, "--json", "--figure", figure))
+    assert [row["step"] for row in rows] == [4, 2]
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_sorts_and_draws(trained: dict[str, Any]) -> None:
+    runs = trained["runs"].values()
+    printed = fine(*evaluate_arguments(trained, "--compare", *runs))
+    lines = [line.split() for line in printed.splitlines() if " test " in line]
+    distances = [float(words[-1]) for words in lines]
+    assert distances[0] == 0
+    assert distances[1] > 0
+    figure = Path(printed.rpartition("figure: ")[2].strip())
+    assert figure.parent == trained["root"] / "comparisons"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_of_one_model_twice_draws_two_curves(trained: dict[str, Any]) -> None:
+    from scanlm.cli.comparison import _frame
+
+    run = trained["runs"]["scanlm_tiny"]
+    targets = [run / "checkpoint-2", run / "checkpoint-4"]
+    rows = json.loads(fine(*evaluate_arguments(trained, *targets), "--json"))
+    frame = _frame(rows, by_position=True)
+    assert set(frame["series"]) == {"checkpoint-2", "checkpoint-4"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--split", "tset"], "has no split 'tset'; it has train, validation, test"),
+        (["--context", "stream"], "unknown context 'stream'. Did you mean 'streaming'?"),
+        (["--steps", "3"], "no checkpoint of step 3"),
+        (["--stride", "4"], "stride=4 is for context='sliding'"),
+        (["--precision", "bf17"], "Did you mean 'bf16'?"),
+        (["--device", "nowhere"], "device='nowhere' cannot be used here"),
+        (["--chunk-size", "4"], "chunk_size=4 is for original_positions only"),
+        (["--seq-len", "128"], "seq_len=128 is longer than the 64 positions"),
+        (["--figure", "curves.doc"], "must end in .png, .pdf, .svg"),
+        (["--tokenizer", "bpe:300"], "another tokenizer"),
+    ],
+)
+def test_wrong_evaluations_are_one_line(
+    trained: dict[str, Any], options: list[str], message: str
+) -> None:
+    run = trained["runs"]["scanlm_tiny"]
+    assert message in refused(*evaluate_arguments(trained, run), *options)
+
+
+def test_evaluate_needs_a_target_that_is_there(trained: dict[str, Any], tmp_path: Path) -> None:
+    assert "no folder" in refused(*evaluate_arguments(trained, tmp_path / "absent"))
+    run = trained["runs"]["scanlm_tiny"]
+    assert "is no name that is known: give --corpus" in refused("evaluate", run)
+    assert "is no run, so nothing says which corpus" in refused("evaluate", tmp_path)
+
+
+def test_the_corpus_of_a_run_is_the_default(tmp_path: Path) -> None:
+    from scanlm.cli.comparison import trained_on
+
+    record = {"parameters": {"corpus": "embedded#test=train[:50%]"}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert trained_on(str(tmp_path)) == record["parameters"]["corpus"]
+    assert trained_on(str(tmp_path / "checkpoint-4")) == record["parameters"]["corpus"]
+
+
+def test_truncated_weights_are_one_line(trained: dict[str, Any], tmp_path: Path) -> None:
+    source = trained["runs"]["gpt2_tiny"] / "checkpoint-4"
+    for path in source.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = (source / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert "model.safetensors" in refused(*evaluate_arguments(trained, tmp_path))
+
+
+# Run
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["-p", "steps", "5"], {"steps": 5}),
+        (["-p", "steps=5", "-p", "lr", "-1e-3"], {"steps": 5, "lr": -1e-3}),
+        (["--parameter", "name", "a=b", "--preset", "smoke"], {"name": "a=b"}),
+        (
+            ["-p", "name", "two words", "-p", "sizes", "[1, 2]"],
+            {"name": "two words", "sizes": [1, 2]},
+        ),
+        (["-p", "name", ""], {"name": ""}),
+        (["-p", "preset", "--preset"], {"preset": "--preset"}),
+        ([], {}),
+    ],
+)
+def test_parameters_of_a_notebook(
+    monkeypatch: pytest.MonkeyPatch, given: list[str], expected: dict[str, Any]
+) -> None:
+    calls = []
+
+    def record(*arguments: Any) -> str:
+        calls.append(arguments)
+        return "done.ipynb"
+
+    monkeypatch.setattr("scanlm.batch.run_notebook", record)
+    assert fine("run", "01", *given) == "done.ipynb\n"
+    preset = "smoke" if given[-1:] == ["smoke"] else None
+    assert calls == [("01", preset, expected, None)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["01", "-p", "chunk", "5"], "has no parameter 'chunk'. Did you mean 'chunks'?"),
+        (["01", "-p", "chunks"], "'chunks' is no assignment"),
+        (["01", "-p", "chunks", "x"], "chunks='x': expected int"),
+        (["01", "--preset", "smok"], "Did you mean 'smoke'?"),
+        (["missing.ipynb"], "no notebook 'missing.ipynb': no such file"),
+    ],
+)
+def test_wrong_notebook_runs_are_one_line(given: list[str], message: str) -> None:
+    assert message in refused("run", *given)
+
+
+def test_a_failing_notebook_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scanlm.batch import NotebookFailed
+
+    def fail(*arguments: Any) -> None:
+        raise NotebookFailed("notebook 01, cell [3]: KeyError: 'a' (see x.partial.ipynb)")
+
+    monkeypatch.setattr("scanlm.batch.run_notebook", fail)
+    assert "cell [3]: KeyError" in refused("run", "01")
+
+
+# Export, figures, curriculum
+
+
+def test_export_and_figures(trained: dict[str, Any], tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    printed = fine("export", *trained["runs"].values(), "--results", results)
+    files = [Path(line) for line in printed.splitlines()]
+    assert [path.stem for path in files] == [run.name for run in trained["runs"].values()]
+    assert str(tmp_path) not in files[0].read_text()
+    drawn = fine("figures", "scan_tree", "--results", results, "--out", tmp_path / "figures")
+    assert Path(drawn.strip()).read_bytes().startswith(b"\x89PNG")
+    assert "Did you mean 'scan_tree'?" in refused("figures", "scan_tre", "--out", tmp_path)
+
+
+def test_export_refuses_what_is_no_finished_run(trained: dict[str, Any], tmp_path: Path) -> None:
+    assert "no run record at" in refused("export", tmp_path)
+    record = json.loads((trained["runs"]["gpt2_tiny"] / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
+    assert "only finished runs are exported" in refused("export", tmp_path)
+
+
+def test_curriculum_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = []
+
+    def record(settings: Any, **options: Any) -> None:
+        calls.append((settings, options))
+
+    monkeypatch.setattr("scanlm.curriculum.train_many", record)
+    options = ["--preset", "smoke", "--seeds", "0,2", "--set", "ema=0.99", "--out", tmp_path]
+    fine("curriculum", *options)
+    ((settings, passed),) = calls
+    assert [(entry.seed, entry.ema) for entry in settings] == [(0, 0.99), (2, 0.99)]
+    assert passed["root"] == tmp_path
+
+
+def test_wrong_curricula_are_one_line(tmp_path: Path) -> None:
+    jobs = tmp_path / "jobs.yaml"
+    jobs.write_text("preset: smoke\n")
+    assert "expected a YAML list" in refused("curriculum", "--jobs", jobs, code=2)
+    assert "seeds='a'" in refused("curriculum", "--seeds", "a", code=2)
+    assert "No such file" in refused("curriculum", "--jobs", tmp_path / "absent.yaml")

@@ -15,10 +15,8 @@ when a model is built, not when the registry is read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,19 +116,23 @@ def build_model(
         fields["vocab_size"] = vocab_size
     place = torch.device(device) if device is not None else None
     with place or nullcontext():
-        return _FAMILIES[entry.family](fields, place)
-
-
-@cache
-def _count(family: str, config: str) -> int:
-    entry = ModelEntry(id="count", family=family, config=json.loads(config))
-    return sum(p.numel() for p in build_model(entry, device="meta").parameters())
+        try:
+            return _FAMILIES[entry.family](fields, place)
+        except ScanLMError:
+            raise
+        except ModuleNotFoundError as error:
+            raise ScanLMError(
+                f"model {entry.id!r} needs the package {error.name!r}, which is not installed: "
+                f"pip install {error.name}"
+            ) from error
+        # layers check their sizes in ways of their own
+        except (TypeError, ValueError) as error:
+            raise ScanLMError(f"model {entry.id!r} cannot be built: {_last_line(error)}") from error
 
 
 def count_parameters(entry: str | Path | ModelEntry) -> int:
     """Trainable numbers of a model, a tied embedding counted once; no memory is taken."""
-    entry = load_entry(entry)
-    return _count(entry.family, json.dumps(entry.config, sort_keys=True))
+    return sum(p.numel() for p in build_model(entry, device="meta").parameters())
 
 
 def register_family(name: str, build: Build) -> None:
@@ -171,10 +173,13 @@ def make_config(kind: type[PretrainedConfig], fields: Mapping[str, Any]) -> Any:
         raise
     # the strict dataclasses of transformers 5 raise errors of their own
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ScanLMError(
-            f"{kind.__name__}: {reason[-1].strip().removeprefix('TypeError: ')}"
-        ) from error
+        raise ScanLMError(f"{kind.__name__}: {_last_line(error)}") from error
+
+
+def _last_line(error: Exception) -> str:
+    """What an error of several lines says in the end."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].strip().removeprefix("TypeError: ")
 
 
 def _ids() -> list[str]:
@@ -212,13 +217,39 @@ def _scanlm(fields: dict[str, Any], device: torch.device | None) -> PreTrainedMo
 def _gpt2(fields: dict[str, Any], device: torch.device | None) -> PreTrainedModel:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = make_config(GPT2Config, fields)
-    if config.n_embd % config.n_head:
-        raise ScanLMError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
-    return GPT2LMHeadModel(config)
+    return GPT2LMHeadModel(make_config(GPT2Config, fields))
+
+
+def _window_gpt2(fields: dict[str, Any], device: torch.device | None) -> PreTrainedModel:
+    from scanlm.window import WindowGPT2Config, WindowGPT2LMHeadModel
+
+    return WindowGPT2LMHeadModel(make_config(WindowGPT2Config, fields))
+
+
+def _mamba2(fields: dict[str, Any], device: torch.device | None) -> PreTrainedModel:
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    return Mamba2ForCausalLM(make_config(Mamba2Config, fields))
+
+
+def _linear(model_type: str) -> Build:
+    """A family with fused kernels on a GPU and plain torch elsewhere."""
+
+    def build(fields: dict[str, Any], device: torch.device | None) -> PreTrainedModel:
+        from scanlm import fused
+
+        # checked against the plain configuration, so that the answer is the same everywhere
+        config = make_config(fused.plain_classes(model_type)[0], fields)
+        return fused.build(model_type, config, device)
+
+    return build
 
 
 _FAMILIES: dict[str, Build] = {
     "scanlm": _scanlm,
     "gpt2": _gpt2,
+    "window_gpt2": _window_gpt2,
+    "gla": _linear("gla"),
+    "gated_deltanet": _linear("gated_deltanet"),
+    "mamba2": _mamba2,
 }

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import logging
 
 from scanlm.dcp import check_fit, convert, is_dcp, one_line
@@ -88,7 +89,7 @@ def load_checkpoint(
     else:
         raise _no_such_folder(location)
     with _quiet():
-        model = _load_model(folder, dtype)
+        model = _load_model(folder, dtype, device)
     check_finite(model, str(folder))
     run_folder = _run_folder(folder)
     run = _read_run(run_folder) if run_folder else None
@@ -173,30 +174,33 @@ def check_finite(model: torch.nn.Module, where: str) -> None:
             )
 
 
-def register_family(model_type: str) -> None:
-    """Make transformers' Auto classes know the models of flash-linear-attention, if it is one.
+def register_family(model_type: str, device: str | torch.device | None = None) -> None:
+    """Make transformers' Auto classes know the comparison models that transformers does not have.
 
-    Raises:
-        ScanLMError: that package is not installed.
+    Args:
+        model_type: as ``config.json`` has it.
+        device: where the model will run: on a GPU fused kernels are used if they are installed;
+            ``None``: on a GPU if there is one.
     """
-    if model_type not in FLA_TYPES:
-        return
-    try:
-        import_module("fla.models")
-    except ImportError as error:
-        raise ScanLMError(
-            f"a {model_type} model needs flash-linear-attention and a GPU ({one_line(error)}): "
-            "install flash-linear-attention[cuda]"
-        ) from error
+    if model_type in FLA_TYPES:
+        from scanlm.fused import classes
+
+        classes(model_type, None if device is None else torch.device(device))
+    elif model_type == "window_gpt2":
+        import_module("scanlm.window")
 
 
-def _load_model(folder: Path | str, dtype: torch.dtype | None) -> Any:
+def _load_model(
+    folder: Path | str, dtype: torch.dtype | None, device: str | torch.device | None
+) -> Any:
     where = str(folder)
     if isinstance(folder, Path):
         _check_files(folder)
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     auto: Any = AutoModelForCausalLM  # its annotation leaves out output_loading_info
     try:
+        described, _ = PretrainedConfig.get_config_dict(folder)
+        register_family(str(described.get("model_type")), device)
         config = AutoConfig.from_pretrained(folder)
         model, info = auto.from_pretrained(
             folder,
@@ -222,7 +226,7 @@ def _load_model(folder: Path | str, dtype: torch.dtype | None) -> Any:
 
 def _check_files(folder: Path) -> None:
     """Refuse damaged files before a loader meets them."""
-    register_family(_model_type(folder / "config.json"))
+    _model_type(folder / "config.json")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights and not list(folder.glob("*.bin")):
         raise ScanLMError(
@@ -259,7 +263,7 @@ def _builder(config: str | Path) -> tuple[Any, str]:
         text, kind = path.read_text(), _model_type(path)
 
         def from_config() -> Any:
-            register_family(kind)
+            register_family(kind, "cpu")  # the weights are only copied
             try:
                 parsed = AutoConfig.from_pretrained(path)
                 return AutoModelForCausalLM.from_config(parsed)

@@ -78,7 +78,7 @@ def _head(model: Any, seq_len: int) -> float:
 
 def _gpt2(model: Any, seq_len: int) -> Parts:
     config = model.config
-    window = min(getattr(config, "window", None) or seq_len, seq_len)
+    window = min(getattr(config, "sliding_window", None) or seq_len, seq_len)
     pairs = window * window / 2 + (seq_len - window) * window
     mixing = config.n_layer * 4 * config.n_embd * pairs
     return {"blocks": 2 * seq_len * _products(model) + mixing, "head": _head(model, seq_len)}
@@ -111,7 +111,7 @@ def _mamba2_state(config: Any) -> float:
 _FAMILIES: dict[str, Callable[[Any, int], Parts]] = {
     "scanlm": lambda model, seq_len: scanlm_parts(model.config, seq_len),
     "gpt2": _gpt2,
-    "gpt2_window": _gpt2,
+    "window_gpt2": _gpt2,
     "gla": _recurrent(_gla_state),
     "gated_deltanet": _recurrent(_gated_deltanet_state),
     "mamba2": _recurrent(_mamba2_state),

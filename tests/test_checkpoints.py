@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -293,13 +292,12 @@ def test_a_damaged_config(tmp_path):
     assert "gpt2x" in error_of(tmp_path / "m")
 
 
-def test_a_family_without_its_package(tmp_path, monkeypatch):
+def test_what_only_fused_kernels_have(tmp_path):
     gpt2().save_pretrained(tmp_path / "m")
-    (tmp_path / "m" / "config.json").write_text('{"model_type": "gla"}')
-    monkeypatch.setitem(sys.modules, "fla.models", None)
+    (tmp_path / "m" / "config.json").write_text('{"model_type": "gla", "feature_map": "relu"}')
     message = error_of(tmp_path / "m")
-    assert message.startswith("a gla model needs flash-linear-attention")
-    assert message.endswith("install flash-linear-attention[cuda]")
+    assert "feature_map='relu' of a gla model needs fused kernels" in message
+    assert "pip install 'scanlm[gpu]'" in message
 
 
 def test_weights_of_another_model(tmp_path):

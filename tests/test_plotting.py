@@ -1,5 +1,6 @@
 """Figures, tested by what they hold: boxes, lines, labels and the data in them."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from scanlm import trees
 from scanlm.errors import ScanLMError
-from scanlm.plotting import figures, scan, style, training
+from scanlm.plotting import cost, figures, scan, style, training
 from scanlm.plotting.architecture import WORDS, architecture
 
 
@@ -288,6 +289,14 @@ def test_training_split_is_faint_behind_the_others(metrics: pd.DataFrame) -> Non
     assert [line.get_alpha() for line in alone.lines] == [1.0, 1.0]
 
 
+def test_references_are_dashed_lines_with_their_names(metrics: pd.DataFrame) -> None:
+    (ax,) = training.loss_curves(metrics, references={"unigram entropy": 3.2}).axes
+    assert texts(ax) == ["unigram entropy"]
+    flat = [line for line in ax.lines if set(line.get_ydata()) == {3.2}]
+    assert len(flat) == 1
+    assert [line.get_text() for line in ax.get_legend().get_texts()] == ["scanlm", "GPT-2"]
+
+
 def test_seconds_are_averaged_by_step(metrics: pd.DataFrame) -> None:
     (ax,) = training.loss_curves(metrics, x="seconds").axes
     assert list(ax.lines[0].get_xdata()) == [1.5, 3.0, 4.5]
@@ -336,6 +345,31 @@ def test_records_without_positions_say_so(metrics: pd.DataFrame) -> None:
         training.loss_by_position(metrics[metrics["position"].isna()])
 
 
+def test_loss_within_a_chunk_weighs_positions_by_their_tokens(metrics: pd.DataFrame) -> None:
+    one = metrics[(metrics["model"] == "scanlm") & (metrics["seed"] == 0)]
+    one = one.assign(n=[4 if p < 4 else 1 for p in one["position"]])
+    (ax,) = training.loss_within_chunk(one, chunk_size=2).axes
+    first, later = ax.lines
+    assert list(first.get_ydata()) == [1.0, 2.0]
+    assert list(later.get_ydata()) == pytest.approx([(4 * 3 + 5) / 5, (4 * 4 + 6) / 5])
+
+
+def test_loss_within_a_chunk_needs_a_second_chunk(metrics: pd.DataFrame) -> None:
+    with pytest.raises(ScanLMError, match="within the first chunk of 8"):
+        training.loss_within_chunk(metrics, chunk_size=8)
+
+
+def test_models_named_by_their_chunk_size_are_one_series(metrics: pd.DataFrame) -> None:
+    scan_only = metrics[(metrics["model"] == "scanlm") & metrics["position"].isna()]
+    sizes = pd.concat(
+        scan_only.assign(chunk_size=c, model=f"scanlm_base_c{c}", run_id=f"c{c}") for c in (32, 64)
+    )
+    quality, speed = training.chunk_size_comparison(sizes).axes
+    for ax in (quality, speed):
+        (line,) = [line for line in ax.lines if line.get_label() == "scanlm_base"]
+        assert list(line.get_xdata()) == [32, 64]
+
+
 def test_chunk_sizes_show_final_values_and_median_speed(metrics: pd.DataFrame) -> None:
     scan_only = metrics[(metrics["model"] == "scanlm") & metrics["position"].isna()]
     sizes = pd.concat(
@@ -374,7 +408,67 @@ def test_throughput_over_an_axis(metrics: pd.DataFrame) -> None:
     assert list(ax.lines[0].get_ydata()) == [1000.0, 500.0]
 
 
+# Cost
+
+
+def test_flops_are_stacked_with_shares_and_totals() -> None:
+    table = pd.DataFrame(
+        {"t1": [1e6, np.nan], "t2": [7e6, np.nan], "head": [2e6, 5e6], "blocks": [np.nan, 5e6]},
+        index=["scan", "GPT-2"],
+    )
+    (ax,) = cost.flops_by_part(table).axes
+    assert texts(ax) == ["10 %", "70 %", "50 %", "20 %", "50 %", "10.00", "10.00"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["scan", "GPT-2"]
+    assert max(p.get_x() + p.get_width() for p in ax.patches) == 10.0
+
+
+def test_flops_of_unknown_parts_are_refused() -> None:
+    with pytest.raises(ScanLMError, match="none of the parts t1, t2, blocks, head; it has: tail"):
+        cost.flops_by_part(pd.DataFrame({"tail": [1.0]}))
+
+
 # Committed pictures
+
+
+def export_run(folder: Path, chunk_size: int, steps: int = 10, **fields: object) -> None:
+    """A small exported training run of a scan model."""
+    config = {"model_type": "scanlm", "chunk_size": chunk_size, "n_embd": 8, **fields}
+    name = f"m_c{chunk_size}-{steps}-{config['model_type']}"
+    at = {"step": steps, "tokens": steps * 100}
+    record = {
+        "run_id": name,
+        "experiment": "enwiki2019",
+        "model": f"m_c{chunk_size}",
+        "seed": 0,
+        "parameters": {"kind": "training", "batch_size": 2, "config": config},
+        "device": {"name": "a device"},
+        "summary": {"tokens": steps * 100, "steps": steps},
+        "metrics": [
+            {"name": "loss", "value": 3.0 + 1 / chunk_size, "split": "validation", **at},
+            {"name": "tokens_per_second", "value": 1000.0 * chunk_size, "split": "train", **at},
+        ],
+    }
+    path = folder / "enwiki2019" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record))
+
+
+def test_chunk_sizes_are_compared_between_runs_that_are_alike(tmp_path: Path) -> None:
+    for c in (32, 64, 128):
+        export_run(tmp_path, c)
+    export_run(tmp_path, 256, steps=900)  # trained longer
+    export_run(tmp_path, 512, n_embd=16)  # wider
+    export_run(tmp_path, 16, model_type="mamba2")  # a chunk size of another kind
+    quality, speed = figures.FIGURES["chunk_sizes"](figures.Records(tmp_path)).axes
+    for ax in (quality, speed):
+        assert [t.get_text() for t in ax.get_xticklabels()] == ["32", "64", "128"]
+
+
+def test_one_chunk_size_is_no_comparison(tmp_path: Path) -> None:
+    export_run(tmp_path, 32)
+    export_run(tmp_path, 64, steps=900)
+    with pytest.raises(figures.NoRecords, match="differ in chunk size"):
+        figures.FIGURES["chunk_sizes"](figures.Records(tmp_path))
 
 
 def test_figures_without_records_are_skipped_and_named(

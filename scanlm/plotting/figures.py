@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from scanlm import trees
 from scanlm.errors import ScanLMError, nearest
-from scanlm.plotting import scan, training
+from scanlm.plotting import cost, scan, training
 from scanlm.plotting.architecture import architecture
 from scanlm.plotting.style import style
 
@@ -30,8 +30,8 @@ class Records:
 
     folder: Path
 
-    def metrics(self, experiment: str) -> tuple[pd.DataFrame, str]:
-        """Metrics of one experiment's runs and the caption naming their source.
+    def runs(self, experiment: str) -> pd.DataFrame:
+        """One experiment's runs, see ``records.read_runs``.
 
         Raises:
             NoRecords: there are none.
@@ -41,7 +41,20 @@ class Records:
             raise NoRecords(f"no records in {self.folder / experiment}")
         from scanlm import records
 
-        return records.read_metrics(*files), source(records.read_runs(*files))
+        return records.read_runs(*files)
+
+    def metrics(
+        self, experiment: str, runs: pd.DataFrame | None = None
+    ) -> tuple[pd.DataFrame, str]:
+        """Metrics of one experiment's runs, or of some of them, and the caption naming them.
+
+        Raises:
+            NoRecords: there are none.
+        """
+        from scanlm import records
+
+        runs = self.runs(experiment) if runs is None else runs
+        return records.read_metrics(*runs["path"]), source(runs)
 
 
 def source(runs: pd.DataFrame) -> str:
@@ -70,10 +83,44 @@ def _several_chunks(metrics: pd.DataFrame) -> bool:
     return "chunk_size" in metrics and metrics["chunk_size"].nunique() > 1
 
 
+def _alike(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of the scan models' training runs, the largest set that differs in chunk size and seed only.
+
+    Different amounts of training, machines or batches would be compared as if chunk size had made
+    the difference.
+    """
+
+    def condition(run: pd.Series) -> str:
+        left = ("chunk_size", "train_mode", "n_positions")
+        config = {k: v for k, v in run["parameters"]["config"].items() if k not in left}
+        same = ("batch_size", "seq_len", "lr", "precision", "corpus", "tokenizer")
+        parameters = {k: run["parameters"].get(k) for k in same} | {"config": config}
+        device = (run.get("device") or {}).get("name")
+        return repr((sorted(parameters.items(), key=str), device, run.get("summary.tokens")))
+
+    def is_scan(parameters: Any) -> bool:
+        config = parameters.get("config") or {}
+        training = parameters.get("kind") == "training"
+        return training and config.get("model_type") == "scanlm"
+
+    runs = runs[runs["parameters"].map(is_scan)]
+    if runs.empty:
+        return runs
+    runs = runs.assign(
+        condition=runs.apply(condition, axis=1),
+        chunk_size=runs["parameters"].map(lambda p: p["config"]["chunk_size"]),
+    )
+    sets = runs.groupby("condition").agg(
+        sizes=("chunk_size", "nunique"), tokens=("summary.tokens", "max")
+    )
+    return runs[runs["condition"] == sets.sort_values(["sizes", "tokens"]).index[-1]]
+
+
 def _chunk_sizes(records: Records) -> Figure:
-    metrics, caption = records.metrics("enwiki2019")
-    if not _several_chunks(metrics):
-        raise NoRecords("the records of enwiki2019 have only one chunk size")
+    runs = _alike(records.runs("enwiki2019"))
+    if runs.empty or runs["chunk_size"].nunique() < 2:
+        raise NoRecords("the records of enwiki2019 have no scan models that differ in chunk size")
+    metrics, caption = records.metrics("enwiki2019", runs)
     return training.chunk_size_comparison(metrics, source=caption)
 
 
@@ -121,6 +168,23 @@ def _influence(_: Records) -> Figure:
     return scan.influence_map(maps, model.config.chunk_size)
 
 
+def _cost_by_chunk_size(_: Records) -> Figure:
+    """The arithmetic of the paper-scale model: from the shapes, so without records."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from scanlm.flops import training_flops
+    from scanlm.model import ScanLMConfig, ScanLMForCausalLM
+
+    rows = {}
+    with torch.device("meta"):
+        for c in (32, 64, 128, 256, 512):
+            model = ScanLMForCausalLM(ScanLMConfig.preset("base", chunk_size=c))
+            rows[f"chunk size {c}"] = training_flops(model, 512)
+        rows["GPT-2"] = training_flops(GPT2LMHeadModel(GPT2Config()), 512)
+    return cost.flops_by_part(pd.DataFrame(rows).T)
+
+
 FIGURES: dict[str, Callable[[Records], Figure]] = {
     "architecture": lambda _: architecture(),
     "scan_tree": lambda _: scan.tree(trees.scan_trace(8)),
@@ -135,6 +199,7 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "loss_wikitext103": _loss("wikitext103"),
     "loss_enwiki2019": _loss("enwiki2019"),
     "chunk_sizes": _chunk_sizes,
+    "cost_by_chunk_size": _cost_by_chunk_size,
     "training_speed": _speed,
 }
 

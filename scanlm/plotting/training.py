@@ -8,6 +8,7 @@ series that differ in the seed only become a mean line in a band from the least 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Real
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from matplotlib.ticker import EngFormatter, ScalarFormatter
 from scanlm.errors import ScanLMError, nearest
 from scanlm.plotting.style import (
     FAINT,
+    FAMILIES,
     INK,
     MUTED,
     FamilyStyle,
@@ -127,6 +129,23 @@ def _draw(ax: Axes, rows: pd.DataFrame, x: str, look: FamilyStyle, label: str, f
         ax.fill_between(table["x"], table["min"], table["max"], color=look.color, alpha=0.15, lw=0)
 
 
+def _references(ax: Axes, values: Mapping[str, float] | None) -> None:
+    """Dashed lines across the axes, each named at its right end."""
+    for name, value in (values or {}).items():
+        ax.axhline(value, color=MUTED, lw=1.0, ls=(0, (5, 3)), zorder=1)
+        ax.annotate(
+            name,
+            (1.0, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=8.5,
+            color=MUTED,
+        )
+
+
 def _finish(ax: Axes, source: str | None) -> None:
     if len(ax.get_legend_handles_labels()[0]) > 1:
         ax.legend()
@@ -140,6 +159,7 @@ def loss_curves(
     name: str = "loss",
     split: str | None = "validation",
     by: str = "model",
+    references: Mapping[str, float] | None = None,
     source: str | None = None,
 ) -> Figure:
     """A metric over the course of training.
@@ -150,6 +170,8 @@ def loss_curves(
         name: "loss", "perplexity", "accuracy" or another metric of the records.
         split: which split; ``None`` draws the training split faintly behind the others.
         by: column that tells series apart: "model", "chunk_size", ...
+        references: values to compare with, by name, drawn as dashed lines: what a unigram model
+            reaches, say.
         source: caption, see ``records.source_line``.
 
     Raises:
@@ -175,6 +197,7 @@ def loss_curves(
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         title = {"train": "Training", "validation": "Validation", "test": "Test"}
         ax.set_title(f"{title.get(split or '', split or 'Training and validation')} {name}")
+        _references(ax, references)
         _finish(ax, source)
     return figure
 
@@ -232,6 +255,54 @@ def loss_by_position(
     return figure
 
 
+def loss_within_chunk(
+    metrics: pd.DataFrame,
+    chunk_size: int,
+    name: str = "loss",
+    split: str | None = "validation",
+    source: str | None = None,
+) -> Figure:
+    """A metric by place in the chunk: the first chunk, which has no past, and all later ones.
+
+    The distance between the two lines is what the prefix state is worth at that place.
+
+    Args:
+        metrics: frame of ``records.read_metrics``.
+        chunk_size: tokens per chunk.
+        name: "loss" or "perplexity".
+        split: which split; ``None`` for records without splits.
+        source: caption.
+
+    Raises:
+        ScanLMError: the records have no values by position, or of one chunk only.
+    """
+    rows = _last(_rows(metrics, "loss", ("position",), split))
+    rows = rows.assign(place=rows["position"] % chunk_size, first=rows["position"] < chunk_size)
+    if rows["first"].all():
+        raise ScanLMError(
+            f"the records end at position {rows['position'].max():g}, within the first chunk of "
+            f"{chunk_size}: there is no prefix to see"
+        )
+    # a position that counts more tokens (the last block is partial) weighs more
+    weight = rows["n"] if "n" in rows else rows["value"] * 0 + 1
+    sums = rows.assign(nats=rows["value"] * weight, n=weight).groupby(["first", "place"])
+    mean = sums["nats"].sum() / sums["n"].sum()
+    with style():
+        figure = new_figure(7.4, 4.0)
+        ax = figure.subplots()
+        for first, label, color in (
+            (True, "first chunk: nothing before it", MUTED),
+            (False, "later chunks: a prefix state before them", FAMILIES["scanlm"].color),
+        ):
+            values = mean.loc[first]
+            shown = np.exp(values) if name == "perplexity" else values
+            ax.plot(values.index, shown, color=color, marker=".", ms=5, label=label)
+        ax.set(xlabel="place in the chunk", ylabel=NAME_LABELS.get(name, name))
+        ax.set_title(f"{name.capitalize()} by place in the chunk")
+        _finish(ax, source)
+    return figure
+
+
 def chunk_size_comparison(
     metrics: pd.DataFrame,
     name: str = "loss",
@@ -241,8 +312,11 @@ def chunk_size_comparison(
 ) -> Figure:
     """Final value of a metric by chunk size, and beside it the speed if the records have it.
 
+    Models whose ids differ in the chunk size only (``scanlm_base_c32``, ``scanlm_base_c64``) are
+    one series.
+
     Args:
-        metrics: frame of ``records.read_metrics`` with a column ``chunk_size``.
+        metrics: frame of ``records.read_metrics``; runs without a chunk size are left out.
         name: "loss" or "perplexity".
         split: which split.
         by: column that tells series apart.
@@ -251,6 +325,8 @@ def chunk_size_comparison(
     Raises:
         ScanLMError: the records have no chunk sizes or no such metric.
     """
+    if "model" in metrics:
+        metrics = metrics.assign(model=metrics["model"].str.replace(r"_c\d+$", "", regex=True))
     rows = _rows(metrics, name, ("chunk_size",), split)
     for axis in ("position", "length"):
         if axis in rows:

@@ -217,7 +217,9 @@ def _scanlm(fields: dict[str, Any], device: torch.device | None) -> PreTrainedMo
 def _gpt2(fields: dict[str, Any], device: torch.device | None) -> PreTrainedModel:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(make_config(GPT2Config, fields))
+    model = GPT2LMHeadModel(make_config(GPT2Config, fields))
+    model.loss_type = "ForCausalLM"  # what it takes anyway, after a warning
+    return model
 
 
 def _window_gpt2(fields: dict[str, Any], device: torch.device | None) -> PreTrainedModel:

@@ -238,8 +238,10 @@ class Block(GradientCheckpointingLayer):
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = GatedMLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, state: LayerState) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, state: LayerState | None) -> Tensor:
         """``(b, t, d)`` to ``(b, t, d)``; ``mask (b, t, 1)`` is 0 at padding."""
+        if state is None:  # made here, so that gradient checkpointing begins afresh
+            state = LayerState()
         normed = self.attn_norm(x)
         x = x + self.attn(normed if mask is None else normed * mask.to(normed.dtype), state)
         return x + self.mlp(self.mlp_norm(x))
@@ -327,7 +329,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
             cache = RecurrentCache(len(self.layers))
         x = self.embeddings(input_ids)
         mask = self._padding(input_ids, attention_mask, cache)
-        states = cache.layers if cache else [LayerState() for _ in self.layers]
+        states = cache.layers if cache is not None else [None] * len(self.layers)
         for layer, state in zip(self.layers, states, strict=True):
             x = layer(x, mask, state)
         if cache is not None:

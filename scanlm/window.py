@@ -57,6 +57,10 @@ class WindowGPT2LMHeadModel(GPT2LMHeadModel):
     _supports_flash_attn = False
     _supports_flex_attn = False
 
+    def __init__(self, config: WindowGPT2Config) -> None:
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"  # what it takes anyway, after a warning
+
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,

@@ -146,13 +146,15 @@ def test_the_hash_tells_tokenizers_apart(bpe):
 
 
 def test_gpt2_is_kept_in_the_cache_for_machines_without_network(bpe, tmp_path, monkeypatch):
-    monkeypatch.setattr(GPT2Tokenizer, "from_pretrained", lambda name: bpe)
+    folder = tmp_path / "hub"
+    save_vocabulary(bpe, folder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(folder))
     load_tokenizer("gpt2", cache_dir=tmp_path)
 
     def offline(*args, **kwargs):
         raise OSError("offline\nagain")
 
-    monkeypatch.setattr(GPT2Tokenizer, "from_pretrained", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     kept = load_tokenizer("openai-community/gpt2", cache_dir=tmp_path)
     assert tokenizer_hash(kept) == tokenizer_hash(bpe)
     with pytest.raises(
@@ -198,3 +200,9 @@ def test_tokenizers_of_another_kind_are_refused():
     for backend in (words, prefix):
         with pytest.raises(ScanLMError, match="'mine' is not GPT-2's kind of byte-level BPE"):
             check_byte_level(PreTrainedTokenizerFast(tokenizer_object=backend), "mine")
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused():
+    # what transformers makes of a name when there is no network
+    with pytest.raises(ScanLMError, match="'mine' has no token for 256 of the 256 bytes"):
+        check_byte_level(GPT2Tokenizer(), "mine")

@@ -159,8 +159,11 @@ def _byte_tokenizer() -> Tokenizer:
 def _from_hub(name: str, kept: Path) -> PreTrainedTokenizerFast:
     if (kept / "tokenizer.json").is_file():
         return _from_folder(kept)
+    from huggingface_hub import snapshot_download
+
     try:
-        tokenizer = _settle(GPT2Tokenizer.from_pretrained(name))
+        # from_pretrained(name) would, without a network, return a tokenizer without vocabulary
+        folder = snapshot_download(name, allow_patterns=["vocab.json", "merges.txt"])
     # Without a network the loader raises whatever its HTTP client does.
     except Exception as error:
         raise ScanLMError(
@@ -168,6 +171,7 @@ def _from_hub(name: str, kept: Path) -> PreTrainedTokenizerFast:
             f"{type(error).__name__}; run `scanlm prepare` once on a machine with network, or give "
             "a folder that has GPT-2's vocab.json and merges.txt"
         ) from error
+    tokenizer = _from_folder(Path(folder))
     try:
         save_tokenizer(tokenizer, kept)
     except OSError as error:
@@ -225,6 +229,12 @@ def check_byte_level(tokenizer: Any, name: str) -> None:
         raise ScanLMError(
             f"tokenizer {name!r} is not GPT-2's kind of byte-level BPE (no normaliser, no prefix "
             "space, no added token with whitespace); use gpt2, bytes, bpe:<size> or such a folder"
+        )
+    missing = set(pre_tokenizers.ByteLevel.alphabet()) - state["model"]["vocab"].keys()
+    if missing:
+        raise ScanLMError(
+            f"tokenizer {name!r} has no token for {len(missing)} of the {NUM_BYTES} bytes, so text "
+            "would be lost: a file of it is missing or damaged; load it again"
         )
 
 

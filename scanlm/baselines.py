@@ -229,9 +229,22 @@ def _window_gpt2(fields: dict[str, Any], device: torch.device | None) -> PreTrai
 
 
 def _mamba2(fields: dict[str, Any], device: torch.device | None) -> PreTrainedModel:
+    import logging
+
+    import torch
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
-    return Mamba2ForCausalLM(make_config(Mamba2Config, fields))
+    if not torch.cuda.is_available():  # no advice to install kernels that need a GPU
+        logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
+    config = make_config(Mamba2Config, fields)
+    # done here and not by transformers, which would rescale loaded weights again
+    rescale, config.rescale_prenorm_residual = config.rescale_prenorm_residual, False
+    model: Any = Mamba2ForCausalLM(config)
+    if rescale:
+        with torch.no_grad():
+            for block in model.backbone.layers:
+                block.mixer.out_proj.weight.div_(config.num_hidden_layers**0.5)
+    return model
 
 
 def _linear(model_type: str) -> Build:

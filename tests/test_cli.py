@@ -1,6 +1,7 @@
 """Every command: what it passes on, what it prints, and mistakes in one line without traceback."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,10 +40,12 @@ def refused(*arguments: object, code: int = 1) -> str:
     return result.stderr
 
 
-def train_arguments(model: str, corpus: Path, root: Path) -> list[str]:
+def train_arguments(
+    model: str, corpus: Path, root: Path, quick: list[str] | None = None
+) -> list[str]:
     fields = [f"config.{field}" for field in SMALL] if model == "scanlm_tiny" else []
     fields += ["config.n_embd=8", "config.n_head=2"] if model == "gpt2_tiny" else []
-    options = [*fields, *QUICK, f"root={root / 'runs'}", f"cache_dir={root / 'cache'}"]
+    options = [*fields, *(quick or QUICK), f"root={root / 'runs'}", f"cache_dir={root / 'cache'}"]
     sets = [word for option in options for word in ("--set", option)]
     return ["train", model, "--corpus", str(corpus), "--tokenizer", "bytes", *sets]
 
@@ -150,8 +153,7 @@ def test_models_lists_parameters_and_what_differs() -> None:
     table = fine("models")
     line = next(line for line in table.splitlines() if "gpt2_small_wikitext103_drop01" in line)
     assert "gpt2 " in line
-    assert "lr=0.0001 steps=30518" in line
-    assert line.rstrip().endswith("124,439,808")
+    assert "124,439,808   lr=0.0001 steps=30518" in line
     assert all(f" {name} " in table for name in rows)
 
 
@@ -254,6 +256,25 @@ def test_divergence_is_one_line_and_recorded(corpus: Path, tmp_path: Path) -> No
     assert "training diverged: the validation loss is not finite at step 2" in said
     (record,) = tmp_path.glob("runs/*/*/run.json")
     assert json.loads(record.read_text())["status"] == "diverged"
+
+
+def test_an_interrupt_is_one_line_and_recorded(corpus: Path, tmp_path: Path) -> None:
+    endless = ["seq_len=8", "batch_size=2", "steps=100000", "log_every=1"]
+    words = train_arguments("scanlm_tiny", corpus, tmp_path, endless)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scanlm", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("step 1/")
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == "scanlm: interrupted: the same command goes on from the last checkpoint\n"
+    (record,) = tmp_path.glob("runs/*/*/run.json")
+    assert json.loads(record.read_text())["status"] == "interrupted"
 
 
 def test_an_unwritable_folder_is_one_line(corpus: Path, tmp_path: Path) -> None:
@@ -374,13 +395,58 @@ def test_the_corpus_of_a_run_is_the_default(tmp_path: Path) -> None:
     assert trained_on(str(tmp_path / "checkpoint-4")) == record["parameters"]["corpus"]
 
 
-def test_truncated_weights_are_one_line(trained: dict[str, Any], tmp_path: Path) -> None:
+def damaged(trained: dict[str, Any], folder: Path, how: str) -> Path:
+    """A copy of a checkpoint with something wrong."""
+    from safetensors.torch import load_file, save_file
+
     source = trained["runs"]["gpt2_tiny"] / "checkpoint-4"
     for path in source.glob("*.json"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    weights = (source / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    assert "model.safetensors" in refused(*evaluate_arguments(trained, tmp_path))
+        (folder / path.name).write_bytes(path.read_bytes())
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    content = (source / weights.name).read_bytes()
+    weights.write_bytes(content[: len(content) // 2] if how == "truncated" else content)
+    if how == "NaN":
+        tensors = load_file(weights)
+        tensors["transformer.wpe.weight"][0, 0] = float("nan")
+        save_file(tensors, weights, metadata={"format": "pt"})
+    if how == "of another model":
+        config.write_text(config.read_text().replace('"n_layer": ', '"n_layer": 1'))
+    if how == "of another vocabulary":
+        config.write_text(config.read_text().replace('"vocab_size": 257', '"vocab_size": 300'))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("truncated", "model.safetensors"),
+        ("NaN", "NaN"),
+        ("of another model", "are not those of its gpt2 configuration"),
+        ("of another vocabulary", "transformer.wte.weight is (257, 8), not (300, 8)"),
+    ],
+)
+def test_damaged_checkpoints_are_one_line(
+    trained: dict[str, Any], tmp_path: Path, how: str, message: str
+) -> None:
+    assert message in refused(*evaluate_arguments(trained, damaged(trained, tmp_path, how)))
+
+
+def test_a_distributed_checkpoint_needs_its_config(trained: dict[str, Any], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from torch.distributed.checkpoint import FileSystemWriter, save
+
+    source = trained["runs"]["gpt2_tiny"] / "checkpoint-4"
+    folder = tmp_path / "step-4"
+    weights = load_file(source / "model.safetensors")
+    save(weights, storage_writer=FileSystemWriter(folder), no_dist=True)
+    arguments = [*evaluate_arguments(trained, folder), "--tokenizer", "bytes"]
+    assert "give its config.json" in refused(*arguments)
+    assert "nowhere" in refused(*arguments, "--config", tmp_path / "nowhere.json")
+    (row,) = json.loads(fine(*arguments, "--config", source / "config.json", "--json"))
+    (same,) = json.loads(fine(*evaluate_arguments(trained, source), "--seq-len", "8", "--json"))
+    assert row["step"] == 4
+    again = json.loads(fine(*arguments, "--seq-len", "8", "--json"))  # converted once
+    assert again[0]["loss"] == same["loss"]
 
 
 # Run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ def evaluate_all(
     """
     from scanlm.evaluation import evaluate
 
+    options["progress"] = sys.stderr.isatty()
     chosen = corpus if corpus is not None else trained_on(targets[0])
     rows = [row for target in targets for row in evaluate(target, chosen, **options)]
     return sorted(rows, key=lambda row: row["loss"]) if best_first else rows

@@ -80,12 +80,14 @@ def models_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The registry, one line a model."""
     from rich.markup import escape
 
-    table = _table("id", "family", "differs from the defaults", "description", "parameters", left=4)
+    table = _table("id", "family", "parameters", "differs from the defaults", "description")
+    for column in (1, 3, 4):
+        table.columns[column].justify = "left"
     for row in rows:
         settings = " ".join(f"{name}={value}" for name, value in row["differs"].items())
         number = f"{row['parameters']:,}" if row["parameters"] is not None else "?"
-        words = (row["id"], row["family"], settings, row["description"])
-        table.add_row(*map(escape, words), number)
+        words = (row["id"], row["family"], number, settings, row["description"])
+        table.add_row(*map(escape, words))
     return table
 
 

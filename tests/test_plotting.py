@@ -12,11 +12,11 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from scanlm import trees
 from scanlm.errors import ScanLMError
-from scanlm.plotting import cost, figures, scan, style, training
+from scanlm.plotting import comparison, cost, figures, scan, style, training
 from scanlm.plotting.architecture import WORDS, architecture
 
 
@@ -42,7 +42,7 @@ def test_every_family_has_its_own_color() -> None:
     [
         ("scanlm_tiny", "scanlm"),
         ("gpt2", "gpt2"),
-        ("gpt2_window_512", "gpt2_window"),
+        ("window_gpt2_tiny", "window_gpt2"),
         ("gpt2-medium", "gpt2"),
         ("gla_170m", "gla"),
         ("glacier", None),
@@ -427,24 +427,95 @@ def test_flops_of_unknown_parts_are_refused() -> None:
         cost.flops_by_part(pd.DataFrame({"tail": [1.0]}))
 
 
+def test_state_bytes_are_lines_by_position() -> None:
+    rows = [
+        {"model": model, "position": p, "value": v}
+        for model, p, v in [("gpt2", 1, 8), ("gpt2", 4, 32), ("gla", 1, 16), ("gla", 4, 16)]
+    ]
+    (ax,) = cost.state_bytes(pd.DataFrame(rows)).axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in ax.lines}
+    assert lines == {"GPT-2": [8, 32], "GLA": [16, 16]}
+    with pytest.raises(ScanLMError, match="no state_bytes"):
+        cost.state_bytes(pd.DataFrame(rows).assign(name="loss"))
+
+
+def test_memory_bars_are_in_megabytes() -> None:
+    (ax,) = cost.memory_bars({"gpt2": 3e6, "gla": 1.5e6}, "Memory", "MB").axes
+    assert [patch.get_width() for patch in ax.patches] == [3.0, 1.5]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["GPT-2", "GLA"]
+    assert texts(ax) == ["3.0 MB", "1.5 MB"]
+
+
+# Comparison
+
+
+def test_reading_the_past_has_a_panel_a_family() -> None:
+    figure = comparison.reading_the_past()
+    titles = {ax.get_title(loc="left"): ax for ax in figure.axes}
+    others = {look.label for name, look in style.FAMILIES.items() if name != "scanlm"}
+    assert set(titles) == others | {"TransformerScanModel"}
+
+    def arrows(name: str) -> int:
+        return sum(isinstance(patch, FancyArrowPatch) for patch in titles[name].patches)
+
+    assert arrows("GPT-2") == comparison.TOKENS
+    assert arrows("GPT-2, window") == comparison.WINDOW
+    assert texts(titles["TransformerScanModel"]).count("T1") == 2  # the fold of three chunks
+
+
+def test_cost_curves_share_their_values_and_differ_in_the_axis(metrics: pd.DataFrame) -> None:
+    metrics = metrics.assign(flops=metrics["tokens"] * metrics["model"].map(len))
+    tokens, flops = comparison.cost_curves(metrics).axes
+    for ax, unit in ((tokens, 1), (flops, len("gpt2"))):
+        line = next(line for line in ax.lines if line.get_label() == "GPT-2")
+        assert list(line.get_xdata()) == [100 * unit, 200 * unit, 300 * unit]
+    assert tokens.get_ylabel() == "perplexity (per token)"
+    assert flops.get_legend() is not None
+
+
+def test_final_values_have_a_point_a_seed_and_the_best_on_top(metrics: pd.DataFrame) -> None:
+    (ax,) = comparison.final_values(metrics).axes
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["GPT-2", "scanlm"]
+    points = [line for line in ax.lines if line.get_marker() == "o"]
+    assert sorted(points[1].get_xdata()) == [2.0, 2.5]
+    assert texts(ax) == ["3.250", "2.250"]
+
+
 # Committed pictures
 
 
-def export_run(folder: Path, chunk_size: int, steps: int = 10, **fields: object) -> None:
-    """A small exported training run of a scan model."""
+def export_run(
+    folder: Path,
+    chunk_size: int = 64,
+    steps: int = 10,
+    model: str | None = None,
+    seed: int = 0,
+    lr: float = 1e-3,
+    loss: float | None = None,
+    **fields: object,
+) -> None:
+    """A small exported training run, of a scan model by default."""
     config = {"model_type": "scanlm", "chunk_size": chunk_size, "n_embd": 8, **fields}
-    name = f"m_c{chunk_size}-{steps}-{config['model_type']}"
+    model = model or f"m_c{chunk_size}"
+    name = f"{model}-{steps}-{config['model_type']}-{lr}-s{seed}"
+    loss = 3.0 + 1 / chunk_size if loss is None else loss
     at = {"step": steps, "tokens": steps * 100}
     record = {
         "run_id": name,
         "experiment": "enwiki2019",
-        "model": f"m_c{chunk_size}",
-        "seed": 0,
-        "parameters": {"kind": "training", "batch_size": 2, "config": config},
+        "model": model,
+        "seed": seed,
+        "parameters": {
+            "kind": "training",
+            "batch_size": 2,
+            "steps": steps,
+            "lr": lr,
+            "config": config,
+        },
         "device": {"name": "a device"},
-        "summary": {"tokens": steps * 100, "steps": steps},
+        "summary": {"tokens": steps * 100, "steps": steps, "loss": loss},
         "metrics": [
-            {"name": "loss", "value": 3.0 + 1 / chunk_size, "split": "validation", **at},
+            {"name": "loss", "value": loss, "split": "validation", "flops": 7.0 * steps, **at},
             {"name": "tokens_per_second", "value": 1000.0 * chunk_size, "split": "train", **at},
         ],
     }
@@ -462,6 +533,33 @@ def test_chunk_sizes_are_compared_between_runs_that_are_alike(tmp_path: Path) ->
     quality, speed = figures.FIGURES["chunk_sizes"](figures.Records(tmp_path)).axes
     for ax in (quality, speed):
         assert [t.get_text() for t in ax.get_xticklabels()] == ["32", "64", "128"]
+
+
+def test_models_are_compared_on_the_same_tokens_at_their_best_lr(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        export_run(tmp_path, model="scanlm", seed=seed, loss=2.0 + seed)
+        export_run(tmp_path, model="gpt2", seed=seed, loss=4.0, model_type="gpt2")
+        export_run(tmp_path, model="gpt2", seed=seed, loss=3.0, lr=1e-4, model_type="gpt2")
+    export_run(tmp_path, model="gla", steps=900, loss=1.0)  # more tokens
+    runs = figures.compared_runs(figures.Records(tmp_path))
+    assert sorted(zip(runs["model"], runs["lr"], runs["seed"], strict=True)) == [
+        ("gpt2", 1e-4, 0),
+        ("gpt2", 1e-4, 1),
+        ("scanlm", 1e-3, 0),
+        ("scanlm", 1e-3, 1),
+    ]
+    (ax,) = figures.FIGURES["comparison_final"](figures.Records(tmp_path)).axes
+    assert texts(ax) == ["3.000", "2.500"]
+    assert "and 3 more runs" in ax.figure.get_supxlabel()
+
+
+def test_a_notebook_shows_a_recorded_figure_or_says_that_there_is_none(tmp_path: Path) -> None:
+    assert "Nothing is recorded yet" in str(figures.recorded("comparison", tmp_path))
+    for c in (32, 64):
+        export_run(tmp_path, c)
+    assert isinstance(figures.recorded("chunk_sizes", tmp_path), Figure)
+    with pytest.raises(ScanLMError, match="Did you mean 'comparison'"):
+        figures.recorded("comparisn", tmp_path)
 
 
 def test_one_chunk_size_is_no_comparison(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from scanlm.errors import ScanLMError
 from scanlm.plotting.style import (
@@ -13,6 +15,7 @@ from scanlm.plotting.style import (
     T1_COLOR,
     T2_COLOR,
     caption,
+    model_styles,
     new_figure,
     style,
     text_on,
@@ -89,6 +92,85 @@ def flops_by_part(table: pd.DataFrame, source: str | None = None) -> Figure:
         ax.set_xlabel("million operations per token, forward and backward")
         ax.set_title("Arithmetic of training", pad=30)
         ax.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=len(parts))
+        if source:
+            caption(figure, source)
+    return figure
+
+
+def state_bytes(metrics: pd.DataFrame, source: str | None = None) -> Figure:
+    """Size of the streaming state by position, both axes logarithmic.
+
+    Args:
+        metrics: rows with ``model``, ``position``, ``value`` (bytes of one sequence's state), and
+            ``name`` == "state_bytes" where there are other metrics too.
+        source: caption.
+
+    Raises:
+        ScanLMError: no such rows.
+    """
+    rows = metrics[metrics["name"] == "state_bytes"] if "name" in metrics else metrics
+    rows = rows.dropna(subset=["position", "value"])
+    if rows.empty:
+        raise ScanLMError("the records have no state_bytes with a position: nothing to draw")
+    looks = model_styles(list(rows["model"].unique()))
+    with style():
+        figure = new_figure(7.4, 4.4)
+        ax = figure.subplots()
+        for model, part in rows.groupby("model", sort=False):
+            look = looks[str(model)]
+            values = part.groupby("position")["value"].max()
+            ax.plot(values.index, values, color=look.color, ls=look.linestyle, label=look.label)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.yaxis.set_major_formatter(EngFormatter(unit="B"))
+        ax.set(xlabel="tokens read", ylabel="state of one sequence")
+        ax.set_title("What has to be kept to go on")
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        if source:
+            caption(figure, source)
+    return figure
+
+
+def memory_bars(
+    values: Mapping[str, float], title: str, label: str, source: str | None = None
+) -> Figure:
+    """Bytes as bars, one a model.
+
+    Args:
+        values: bytes by model id, drawn from top to bottom.
+        title: of the figure.
+        label: of the axis.
+        source: caption.
+
+    Raises:
+        ScanLMError: no values.
+    """
+    if not values:
+        raise ScanLMError("no values to draw")
+    looks = model_styles(list(values))
+    megabytes = {model: value / 1e6 for model, value in values.items()}
+    with style():
+        figure = new_figure(7.4, 0.45 * len(values) + 1.3)
+        ax = figure.subplots()
+        rows = range(len(values))[::-1]
+        for row, (model, value) in zip(rows, megabytes.items(), strict=True):
+            ax.barh(row, value, color=looks[model].color, height=0.62)
+            ax.annotate(
+                f"{value:,.1f} MB",
+                (value, row),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                color=MUTED,
+            )
+        ax.set_yticks(list(rows), [looks[model].label for model in values])
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="x")
+        ax.grid(False, axis="y")
+        ax.set_xlim(0, 1.18 * max(megabytes.values()))
+        ax.set(xlabel=label, title=title)
         if source:
             caption(figure, source)
     return figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 
 from scanlm import trees
 from scanlm.errors import ScanLMError, nearest
-from scanlm.plotting import cost, scan, training
+from scanlm.plotting import comparison, cost, scan, training
 from scanlm.plotting.architecture import architecture
 from scanlm.plotting.style import style
 
@@ -83,45 +84,79 @@ def _several_chunks(metrics: pd.DataFrame) -> bool:
     return "chunk_size" in metrics and metrics["chunk_size"].nunique() > 1
 
 
-def _alike(runs: pd.DataFrame) -> pd.DataFrame:
-    """Of the scan models' training runs, the largest set that differs in chunk size and seed only.
+def _training(runs: pd.DataFrame) -> pd.DataFrame:
+    return runs[runs["parameters"].map(lambda p: p.get("kind") == "training")]
 
-    Different amounts of training, machines or batches would be compared as if chunk size had made
-    the difference.
+
+def _alike(
+    runs: pd.DataFrame, condition: Callable[[pd.Series], object], differ: str
+) -> pd.DataFrame:
+    """The largest set of runs that are equal in ``condition`` and many in the column ``differ``.
+
+    Different amounts of training or batches would be compared as if ``differ`` had made the
+    difference. Of sets of one size the one with most training is taken.
+
+    Raises:
+        NoRecords: no two runs differ in nothing else.
     """
-
-    def condition(run: pd.Series) -> str:
-        left = ("chunk_size", "train_mode", "n_positions")
-        config = {k: v for k, v in run["parameters"]["config"].items() if k not in left}
-        same = ("batch_size", "seq_len", "lr", "precision", "corpus", "tokenizer")
-        parameters = {k: run["parameters"].get(k) for k in same} | {"config": config}
-        device = (run.get("device") or {}).get("name")
-        return repr((sorted(parameters.items(), key=str), device, run.get("summary.tokens")))
-
-    def is_scan(parameters: Any) -> bool:
-        config = parameters.get("config") or {}
-        training = parameters.get("kind") == "training"
-        return training and config.get("model_type") == "scanlm"
-
-    runs = runs[runs["parameters"].map(is_scan)]
     if runs.empty:
-        return runs
-    runs = runs.assign(
-        condition=runs.apply(condition, axis=1),
-        chunk_size=runs["parameters"].map(lambda p: p["config"]["chunk_size"]),
-    )
+        raise NoRecords("there are no runs to compare")
+    runs = runs.assign(condition=runs.apply(lambda run: repr(condition(run)), axis=1))
     sets = runs.groupby("condition").agg(
-        sizes=("chunk_size", "nunique"), tokens=("summary.tokens", "max")
+        members=(differ, "nunique"), tokens=("summary.tokens", "max")
     )
-    return runs[runs["condition"] == sets.sort_values(["sizes", "tokens"]).index[-1]]
+    best = sets.sort_values(["members", "tokens"]).iloc[-1]
+    if best["members"] < 2:
+        raise NoRecords(f"no two runs differ in {differ.replace('_', ' ')} and in nothing else")
+    return runs[runs["condition"] == best.name]
+
+
+def _training_tokens(run: pd.Series) -> dict[str, Any]:
+    """What makes the tokens of two runs the same tokens in the same order."""
+    names = ("corpus", "corpus_fingerprint", "tokenizer_hash", "seq_len", "batch_size", "steps")
+    return {name: run["parameters"].get(name) for name in names}
 
 
 def _chunk_sizes(records: Records) -> Figure:
-    runs = _alike(records.runs("enwiki2019"))
-    if runs.empty or runs["chunk_size"].nunique() < 2:
-        raise NoRecords("the records of enwiki2019 have no scan models that differ in chunk size")
+    def is_scan(parameters: Any) -> bool:
+        return (parameters.get("config") or {}).get("model_type") == "scanlm"
+
+    def condition(run: pd.Series) -> object:
+        left = ("chunk_size", "train_mode", "n_positions")
+        config = {k: v for k, v in run["parameters"]["config"].items() if k not in left}
+        names = ("lr", "precision", "compile")
+        same = {name: run["parameters"].get(name) for name in names}
+        device = (run.get("device") or {}).get("name")
+        return sorted((_training_tokens(run) | same | config).items(), key=str), device
+
+    runs = _training(records.runs("enwiki2019"))
+    runs = runs[runs["parameters"].map(is_scan)]
+    sizes = runs["parameters"].map(lambda p: p["config"]["chunk_size"])
+    runs = _alike(runs.assign(chunk_size=sizes), condition, "chunk_size")
     metrics, caption = records.metrics("enwiki2019", runs)
     return training.chunk_size_comparison(metrics, source=caption)
+
+
+def compared_runs(records: Records, experiment: str = "enwiki2019") -> pd.DataFrame:
+    """Runs of different models on the same tokens in the same order, each at its best lr.
+
+    Raises:
+        NoRecords: there are none.
+    """
+    runs = _alike(_training(records.runs(experiment)), _training_tokens, "model")
+    runs = runs.assign(lr=runs["parameters"].map(lambda p: p.get("lr")))
+    means = runs.groupby(["model", "lr"], dropna=False)["summary.loss"].mean().reset_index()
+    best = means.loc[means.groupby("model")["summary.loss"].idxmin(), ["model", "lr"]]
+    return runs.merge(best, on=["model", "lr"])
+
+
+def _comparison(draw: Callable[..., Figure]) -> Callable[[Records], Figure]:
+    def make(records: Records) -> Figure:
+        runs = compared_runs(records)
+        metrics, caption = records.metrics("enwiki2019", runs)
+        return draw(metrics, source=caption)
+
+    return make
 
 
 def _speed(records: Records) -> Figure:
@@ -185,6 +220,11 @@ def _cost_by_chunk_size(_: Records) -> Figure:
     return cost.flops_by_part(pd.DataFrame(rows).T)
 
 
+def _state_bytes(records: Records) -> Figure:
+    metrics, caption = records.metrics("inference")
+    return cost.state_bytes(metrics, source=caption)
+
+
 FIGURES: dict[str, Callable[[Records], Figure]] = {
     "architecture": lambda _: architecture(),
     "scan_tree": lambda _: scan.tree(trees.scan_trace(8)),
@@ -201,6 +241,11 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "chunk_sizes": _chunk_sizes,
     "cost_by_chunk_size": _cost_by_chunk_size,
     "training_speed": _speed,
+    "reading_the_past": lambda _: comparison.reading_the_past(),
+    "comparison": _comparison(comparison.cost_curves),
+    "comparison_final": _comparison(comparison.final_values),
+    "comparison_positions": _comparison(partial(training.loss_by_position, window=16)),
+    "state_bytes": _state_bytes,
 }
 
 
@@ -213,6 +258,23 @@ def find_results(results: str | Path = "data/results") -> Path:
     here = Path.cwd()
     found = (folder / results for folder in (here, *here.parents))
     return next((folder for folder in found if folder.is_dir()), Path(results))
+
+
+def recorded(name: str, results: str | Path = "data/results") -> Figure | str:
+    """A committed picture made from the exported records, for a notebook's cell to show.
+
+    Returns:
+        The figure, or a line that says that nothing is recorded yet.
+
+    Raises:
+        ScanLMError: an unknown name.
+    """
+    if name not in FIGURES:
+        raise ScanLMError(f"unknown figure {name!r}.{nearest(name, FIGURES)}")
+    try:
+        return FIGURES[name](Records(find_results(results)))
+    except NoRecords as reason:
+        return f"Nothing is recorded yet for the figure {name!r}: {reason}."
 
 
 def make_figures(

@@ -30,7 +30,7 @@ class FamilyStyle:
 FAMILIES: dict[str, FamilyStyle] = {
     "scanlm": FamilyStyle("scanlm", "#D55E00", "o"),
     "gpt2": FamilyStyle("GPT-2", "#3F444C", "s"),
-    "gpt2_window": FamilyStyle("GPT-2, window", "#9AA1AB", "s", "--"),
+    "window_gpt2": FamilyStyle("GPT-2, window", "#9AA1AB", "s", "--"),
     "gla": FamilyStyle("GLA", "#009E73", "^"),
     "gated_deltanet": FamilyStyle("Gated DeltaNet", "#0072B2", "D"),
     "mamba2": FamilyStyle("Mamba-2", "#CC79A7", "v"),
@@ -92,7 +92,7 @@ def style() -> Iterator[None]:
 
 
 def family_of(model: str) -> str | None:
-    """Family of a model id: the longest family name it starts with (``gpt2_window_512``)."""
+    """Family of a model id: the longest family name it starts with (``window_gpt2_tiny``)."""
     matches = [f for f in FAMILIES if model == f or model.startswith((f + "_", f + "-"))]
     return max(matches, key=len, default=None)
 

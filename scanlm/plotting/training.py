@@ -103,7 +103,7 @@ def _series(rows: pd.DataFrame, by: str) -> list[tuple[str, FamilyStyle, pd.Data
     return [(s.label, s, rows[rows[by] == k]) for k, s in zip(keys, looks, strict=True)]
 
 
-def _spread(rows: pd.DataFrame, x: str) -> pd.DataFrame:
+def seed_spread(rows: pd.DataFrame, x: str) -> pd.DataFrame:
     """Mean, least and greatest value over runs, by step where ``x`` differs between runs."""
     key = "step" if x == "seconds" and rows["step"].notna().all() else x
     groups = rows.groupby(key)
@@ -112,7 +112,7 @@ def _spread(rows: pd.DataFrame, x: str) -> pd.DataFrame:
 
 
 def _draw(ax: Axes, rows: pd.DataFrame, x: str, look: FamilyStyle, label: str, faint: bool) -> None:
-    table = _spread(rows, x)
+    table = seed_spread(rows, x)
     few = len(table) <= 25 and not faint
     ax.plot(
         table["x"],
@@ -153,6 +153,19 @@ def _finish(ax: Axes, source: str | None) -> None:
         caption(ax.figure, source)  # type: ignore[arg-type]
 
 
+def loss_rows(metrics: pd.DataFrame, name: str, x: str, split: str | None) -> pd.DataFrame:
+    """Rows of a metric over the course of training: those that belong to no position or length.
+
+    Raises:
+        ScanLMError: the records have no such metric, axis or split.
+    """
+    rows = _rows(metrics, name, (x,), split)
+    for axis in ("position", "length"):
+        if axis in rows and rows[axis].isna().any():
+            rows = rows[rows[axis].isna()]
+    return rows
+
+
 def loss_curves(
     metrics: pd.DataFrame,
     x: str = "tokens",
@@ -177,10 +190,7 @@ def loss_curves(
     Raises:
         ScanLMError: the records have no such column, metric or split.
     """
-    rows = _rows(metrics, name, (x,), split)
-    for axis in ("position", "length"):
-        if axis in rows and rows[axis].isna().any():
-            rows = rows[rows[axis].isna()]
+    rows = loss_rows(metrics, name, x, split)
     if "split" not in rows:
         rows = rows.assign(split=None)
     with style():
@@ -233,7 +243,7 @@ def loss_by_position(
             for border in np.arange(chunk_size, rows["position"].max() + 1, chunk_size):
                 ax.axvline(border - 0.5, color=FAINT, lw=0.9, zorder=0)
         for label, look, part in _series(rows, by):
-            table = _spread(part, "position")
+            table = seed_spread(part, "position")
             # a running mean over a border would show its effect before it
             chunks = table["x"] // (chunk_size or len(table))
             smooth = (
@@ -343,7 +353,7 @@ def chunk_size_comparison(
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for ax, (values, ylabel, title) in zip(axes, panels, strict=True):
             for label, look, part in _series(values, by):
-                table = _spread(part, "chunk_size")
+                table = seed_spread(part, "chunk_size")
                 ax.plot(part["chunk_size"], part["value"], ".", color=look.color, alpha=0.4)
                 ax.plot(
                     table["x"],

@@ -1,0 +1,308 @@
+"""Figures of inference scaling, from the metrics of ``scanlm.benchmarks.inference``.
+
+Every function takes the frame of ``records.read_metrics`` for one run: ``part``, ``model``,
+``position``, ``batch_size``, ``chunk_size``, ``name`` and ``value``.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, ScalarFormatter
+
+from scanlm.errors import ScanLMError, nearest
+from scanlm.plotting.style import (
+    FAINT,
+    INK,
+    MUTED,
+    T1_COLOR,
+    T2_COLOR,
+    FamilyStyle,
+    caption,
+    model_styles,
+    new_figure,
+    sequence_colors,
+    style,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LABELS = {
+    "scanlm": "scanlm",
+    "scanlm_plain": "scanlm, forward token by token",
+    "scanlm_original": "original's loop (another function)",
+    "gpt2_graph": "GPT-2, static KV, compiled, graph",
+    "gpt2_static": "GPT-2, StaticCache, compiled",
+    "gpt2_dynamic": "GPT-2, DynamicCache",
+    "gpt2_math": "GPT-2, math kernel, float32 (handicap)",
+    "gla": "GLA",
+    "gated_deltanet": "Gated DeltaNet",
+    "mamba2": "Mamba-2",
+}
+
+
+def select(metrics: pd.DataFrame, name: str, part: str | None = None) -> pd.DataFrame:
+    """Rows of one metric, of one part of the benchmark.
+
+    Raises:
+        ScanLMError: the records have none.
+    """
+    rows = metrics[metrics["name"] == name]
+    if part is not None and "part" in rows:
+        rows = rows[rows["part"] == part]
+    if rows.empty:
+        where = f" in the part {part!r}" if part else ""
+        raise ScanLMError(
+            f"the records have no {name!r}{where}.{nearest(name, metrics['name'].unique())}"
+        )
+    return rows
+
+
+def best_gpt2(rows: pd.DataFrame, x: str = "position") -> pd.Series:
+    """The least value of any GPT-2 (but the handicapped one), by ``x``."""
+    fair = rows["model"].str.startswith("gpt2") & (rows["model"] != "gpt2_math")
+    return rows[fair].groupby(x)["value"].min()
+
+
+def crossover(metrics: pd.DataFrame, part: str = "positions") -> float | None:
+    """The position from which a token of the scan model costs less than one of the best GPT-2.
+
+    Between positions that were measured the ratio is taken as linear in the logarithm of the
+    position. ``None``: the curves do not cross where they were measured.
+    """
+    rows = select(metrics, "ms_per_token", part)
+    ratio = (rows[rows["model"] == "scanlm"].groupby("position")["value"].min()) / best_gpt2(rows)
+    ratio = ratio.dropna()
+    points = zip(np.log(ratio.index.to_numpy(float)), np.log(ratio.to_numpy()), strict=True)
+    for (x, before), (next_x, after) in pairwise(points):
+        if before >= 0 > after:
+            return float(np.exp(x + (next_x - x) * before / (before - after)))
+    return None
+
+
+def _looks(rows: pd.DataFrame) -> list[tuple[str, FamilyStyle, pd.DataFrame]]:
+    models = sorted(rows["model"].unique(), key=[*LABELS, *rows["model"].unique()].index)
+    styles = model_styles(models)
+    return [(LABELS.get(m, m), styles[m], rows[rows["model"] == m]) for m in models]
+
+
+def _lines(ax: Axes, rows: pd.DataFrame, x: str, many: bool = False) -> None:
+    for label, look, part in _looks(rows):
+        table = part.groupby(x)["value"].median()
+        ax.plot(
+            table.index,
+            table.to_numpy(),
+            color=look.color,
+            ls=look.linestyle,
+            marker=None if many else look.marker,
+            ms=4,
+            lw=1.4 if many else 1.8,
+            label=label,
+        )
+
+
+def _end(figure: Figure, source: str | None) -> Figure:
+    axes = figure.axes
+    handles, labels = axes[0].get_legend_handles_labels()
+    if len(labels) > 1:
+        figure.legend(handles, labels, loc="outside right upper")
+    if source:
+        caption(figure, source)
+    return figure
+
+
+def _logarithmic(ax: Axes, y: bool = True) -> None:
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if y:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(ScalarFormatter())
+
+
+def timeline(metrics: pd.DataFrame, source: str | None = None) -> Figure:
+    """Time a token and in total while tokens are generated one after another."""
+    rows = select(metrics, "ms_per_token", "timeline")
+    means = select(metrics, "ms_per_token_mean", "timeline")
+    totals = means.sort_values("position").assign(value=means["value"] * means["n"] / 1e3)
+    totals["value"] = totals.groupby("model")["value"].cumsum()
+    with style():
+        figure = new_figure(11.5, 3.9)
+        left, right = figure.subplots(1, 2)
+        _lines(left, rows, "position", many=True)
+        _lines(right, totals, "position", many=True)
+        left.set(xlabel="position", ylabel="ms per token (median of 64)", title="Time a token")
+        left.set_yscale("log")
+        left.yaxis.set_major_formatter(ScalarFormatter())
+        right.set(xlabel="position", ylabel="seconds", title="Time in total")
+        right.set_ylim(bottom=0)
+        for ax in (left, right):
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        return _end(figure, source)
+
+
+def time_by_position(metrics: pd.DataFrame, source: str | None = None) -> Figure:
+    """Median time a token at each position, and where scanlm and the best GPT-2 cross."""
+    rows = select(metrics, "ms_per_token", "positions")
+    with style():
+        figure = new_figure(9.6, 4.4)
+        ax = figure.subplots()
+        _lines(ax, rows, "position")
+        _logarithmic(ax)
+        position = crossover(metrics)
+        if position is not None:
+            ax.axvline(position, color=MUTED, lw=1, ls=":")
+            ax.annotate(
+                f"crossover at {position:,.0f}",
+                (position, 0.02),
+                xycoords=("data", "axes fraction"),
+                xytext=(4, 0),
+                textcoords="offset points",
+                color=MUTED,
+                fontsize=9,
+            )
+        ax.set(xlabel="position", ylabel="ms per token (median)", title="Time a token by position")
+        return _end(figure, source)
+
+
+def prefill(metrics: pd.DataFrame, source: str | None = None) -> Figure:
+    """Seconds to read a prompt, by its length."""
+    rows = select(metrics, "prefill_seconds", "positions")
+    with style():
+        figure = new_figure(9.6, 4.4)
+        ax = figure.subplots()
+        _lines(ax, rows, "position")
+        _logarithmic(ax)
+        ax.set(xlabel="tokens of the prompt", ylabel="seconds", title="Reading a prompt")
+        return _end(figure, source)
+
+
+def memory(metrics: pd.DataFrame, part: str = "positions", source: str | None = None) -> Figure:
+    """Memory of the streaming state by position, on logarithmic axes."""
+    rows = select(metrics, "state_bytes", part)
+    with style():
+        figure = new_figure(9.6, 4.4)
+        ax = figure.subplots()
+        _lines(ax, rows, "position", many=part == "timeline")
+        _logarithmic(ax)
+        ax.yaxis.set_major_formatter(EngFormatter(unit="B"))
+        ax.set(xlabel="position", ylabel="state", title="Memory of the state by position")
+        return _end(figure, source)
+
+
+def staircase(table: pd.DataFrame, source: str | None = None) -> Figure:
+    """The counter's memory chunk by chunk, under its logarithmic bound.
+
+    Args:
+        table: columns ``chunks``, ``states`` (states held) and ``bound``.
+        source: caption.
+    """
+    with style():
+        figure = new_figure(9.6, 3.6)
+        ax = figure.subplots()
+        ax.plot(table["chunks"], table["states"], drawstyle="steps-post", color=T1_COLOR, lw=1.1)
+        ax.plot(table["chunks"], table["bound"], drawstyle="steps-post", color=INK, lw=1.2, ls="--")
+        ax.set(xlabel="chunks seen", ylabel="states held", title="The staircase of log n")
+        ax.annotate("bound", (table["chunks"].iloc[-1], table["bound"].iloc[-1]), xytext=(4, -3),
+                    textcoords="offset points", color=INK, fontsize=9)  # fmt: skip
+        if source:
+            caption(figure, source)
+        return figure
+
+
+def borders(metrics: pd.DataFrame, source: str | None = None) -> Figure:
+    """Time by place in the chunk, what a border adds by its combines, and how many it takes."""
+    places = select(metrics, "ms_at_place", "timeline")
+    places = places[places["model"] == "scanlm"].sort_values("place")
+    costs = select(metrics, "border_ms", "timeline")
+    costs = costs[costs["model"] == "scanlm"].sort_values("combines")
+    with style():
+        figure = new_figure(11.5, 3.6)
+        by_place, by_combines, histogram = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
+        by_place.bar(places["place"], places["value"], width=1.0, color=T2_COLOR)
+        by_place.set(xlabel="place in the chunk", ylabel="ms per token (median)", title="Where")
+        names = costs["combines"].astype(int).astype(str)
+        by_combines.bar(names, costs["value"], color=T1_COLOR)
+        by_combines.set(xlabel="combines at the border", ylabel="ms added", title="How much")
+        histogram.bar(names, 100 * costs["n"] / costs["n"].sum(), color=FAINT, edgecolor=MUTED)
+        histogram.set(xlabel="combines at the border", ylabel="% of chunks", title="How often")
+        if source:
+            caption(figure, source)
+        return figure
+
+
+def chunk_sizes(metrics: pd.DataFrame, source: str | None = None) -> Figure:
+    """Median and mean time a token, and memory, by chunk size."""
+    with style():
+        figure = new_figure(10.0, 3.6)
+        left, right = figure.subplots(1, 2)
+        colors = sequence_colors(2)
+        for name, label, color in (
+            ("ms_per_token", "median", colors[0]),
+            ("ms_per_token_mean", "mean, borders included", colors[1]),
+        ):
+            rows = select(metrics, name, "chunks").sort_values("chunk_size")
+            left.plot(rows["chunk_size"], rows["value"], "o-", ms=4, color=color, label=label)
+        rows = select(metrics, "state_bytes", "chunks").sort_values("chunk_size")
+        right.plot(rows["chunk_size"], rows["value"], "o-", ms=4, color=T2_COLOR)
+        left.set(ylabel="ms per token", title="Time by chunk size")
+        left.set_ylim(bottom=0)
+        left.legend()
+        right.set(ylabel="state", title="Memory by chunk size")
+        right.set_yscale("log")
+        right.yaxis.set_major_formatter(EngFormatter(unit="B"))
+        right.minorticks_off()
+        for ax in (left, right):
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(rows["chunk_size"], [f"{c:g}" for c in rows["chunk_size"]])
+            ax.minorticks_off()
+            ax.set_xlabel("chunk size (tokens)")
+        if source:
+            caption(figure, source)
+        return figure
+
+
+def throughput(metrics: pd.DataFrame, source: str | None = None) -> Figure:
+    """Tokens per second of all rows together, by batch size."""
+    rows = select(metrics, "tokens_per_second", "batches")
+    with style():
+        figure = new_figure(9.6, 4.4)
+        ax = figure.subplots()
+        _lines(ax, rows, "batch_size")
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        sizes = sorted(rows["batch_size"].unique())
+        ax.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        ax.yaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.set(xlabel="batch size", ylabel="tokens per second", title="Throughput by batch size")
+        return _end(figure, source)
+
+
+def floor_table(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Each model and position against the time of reading weights and state once.
+
+    Returns:
+        Index ``model, position``; columns ``ms_per_token``, ``mean``, ``read_MB``, ``floor_ms``,
+        ``times_floor`` and ``to_best_gpt2`` (the median over that of the best GPT-2 there).
+    """
+    bandwidth = float(select(metrics, "bandwidth")["value"].iloc[0])
+    medians = select(metrics, "ms_per_token", "positions")
+    steady = metrics[metrics["part"] == "positions"]
+    table = steady.pivot_table(index=["model", "position"], columns="name", values="value")
+    floor = 1e3 * table["read_bytes"] / bandwidth
+    result = pd.DataFrame(
+        {
+            "ms_per_token": table["ms_per_token"],
+            "mean": table["ms_per_token_mean"],
+            "read_MB": table["read_bytes"] / 1e6,
+            "floor_ms": floor,
+            "times_floor": table["ms_per_token"] / floor,
+        }
+    )
+    best = best_gpt2(medians).reindex(result.index.get_level_values("position"))
+    result["to_best_gpt2"] = result["ms_per_token"].to_numpy() / best.to_numpy()
+    return result

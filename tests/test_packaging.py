@@ -165,26 +165,3 @@ def test_the_command_is_installed() -> None:
 
     (script,) = entry_points(group="console_scripts", name="scanlm")
     assert script.load() is app
-
-
-def test_committed_notebooks_have_no_outputs_and_parameters_that_papermill_finds() -> None:
-    import nbformat
-
-    from scanlm.batch import notebook_parameters
-
-    for path in (ROOT / "notebooks").glob("*.ipynb"):
-        notebook = nbformat.read(path, 4)
-        cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-        assert not [cell for cell in cells if cell.outputs or cell.execution_count], path.name
-        assert not {"papermill", "widgets"} & notebook.metadata.keys()
-        (tagged,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", ())]
-        assigned = re.findall(r"^(\w+) = ", tagged.source, re.MULTILINE)
-        assert set(assigned) == set(notebook_parameters(path)), path.name
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks" / "presets").glob("*/*.yaml")), ids=str)
-def test_presets_fit_their_notebooks(path: Path) -> None:
-    from scanlm.batch import resolve_parameters
-
-    notebook = ROOT / "notebooks" / f"{path.parent.name}.ipynb"
-    resolve_parameters(notebook, path.stem)

@@ -74,6 +74,7 @@ class ScanLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.t1 = Stack(c, c.t1_layers, causal=c.t1_causal)
         self.t2 = Stack(c, c.t2_layers, causal=True)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.linear_cross_entropy = linear_cross_entropy  # compiled on its own: scanlm.compiling
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -382,7 +383,7 @@ class ScanLMForCausalLM(PreTrainedModel, GenerationMixin):
             hidden = self._hidden(input_ids, cache, asked)
         loss, logits = None, None
         if targets is not None:
-            loss = linear_cross_entropy(
+            loss = self.linear_cross_entropy(
                 hidden.flatten(0, 1),
                 self.lm_head.weight,
                 targets.flatten(),

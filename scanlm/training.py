@@ -26,6 +26,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
+from scanlm.compiling import compile_model
 from scanlm.data import (
     Blocks,
     TokenizedCorpus,
@@ -134,6 +135,8 @@ class _Session:
 
     def train(self, blocks: Blocks) -> None:
         s = self.settings
+        if s.compile:
+            compile_model(self.model)
         arguments = _arguments(s, self.folder, self.precision)
         self.trainer = ExactTrainer(
             score=self._score,
@@ -208,14 +211,16 @@ class _Session:
     def _evaluate(self, max_tokens: int | None) -> Evaluation:
         s = self.settings
         try:
-            return evaluate_blocks(
-                self.model,
-                self.tokens["validation"].tokens,
-                s.seq_len,
-                batch_size=max(s.batch_size // s.gradient_accumulation, 1),
-                precision=self.precision if self.precision != "fp32" else None,
-                max_tokens=max_tokens,
-            )
+            # not worth a compilation for every shape of its batches
+            with torch.compiler.set_stance("eager_on_recompile"):
+                return evaluate_blocks(
+                    self.model,
+                    self.tokens["validation"].tokens,
+                    s.seq_len,
+                    batch_size=max(s.batch_size // s.gradient_accumulation, 1),
+                    precision=self.precision if self.precision != "fp32" else None,
+                    max_tokens=max_tokens,
+                )
         except NotFinite as error:
             step = self.trainer.state.global_step or s.steps
             raise Diverged(step, "the validation loss") from error
@@ -302,7 +307,6 @@ def _arguments(s: TrainingSettings, folder: Path, precision: str) -> TrainingArg
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         tf32=True if s.tf32 and cuda else None,
-        torch_compile=s.compile,
         use_cpu=not cuda,
         seed=s.seed,
         dataloader_num_workers=s.num_workers,

@@ -70,8 +70,8 @@ def fused_classes(model_type: str) -> tuple[Any, Any]:
     """
     if not torch.cuda.is_available():
         raise ScanLMError(
-            f"the fused kernels of {model_type} need a GPU, and torch sees none: leave device out "
-            "to use plain torch"
+            f"the fused kernels of {model_type} need a GPU, and torch sees none; on a machine that "
+            f"has one: {INSTALL}"
         )
     config = getattr(_import_fla(model_type), f"{PREFIX[model_type]}Config")
     model = _model_class(model_type)

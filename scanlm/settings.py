@@ -143,21 +143,19 @@ def resolve_settings(
         model: registry id, or path of a YAML file.
         preset: one of ``PRESETS``.
         overrides: ``lr`` or ``training.lr`` for a setting, ``config.chunk_size`` for a field of
-            the model's configuration; strings are read as YAML scalars.
+            the model's configuration (``scanlm.values`` reads them from a command line).
 
     Raises:
         ScanLMError: an unknown model, preset or key (with the nearest), or a value out of range.
     """
     from scanlm.baselines import load_entry
-    from scanlm.values import parse_value
 
     entry = load_entry(model)
     if preset is not None and preset not in PRESETS:
         raise ScanLMError(f"unknown preset {preset!r}.{nearest(preset, PRESETS)}")
     explicit: dict[str, Any] = {}
     config: dict[str, Any] = {}
-    for key, raw in (overrides or {}).items():
-        value = parse_value(raw) if isinstance(raw, str) else raw
+    for key, value in (overrides or {}).items():
         place, dot, name = key.partition(".")
         if not dot:
             explicit[key] = value

@@ -471,13 +471,17 @@ def equivalent_command(settings: TrainingSettings) -> str:
     import json
     import shlex
 
+    from scanlm.values import parse_value
+
     without = resolve_settings(settings.model, None, {"corpus": settings.corpus}).model_dump()
     values = settings.model_dump(exclude={"model", "corpus", "config"})
     pairs = [(k, v) for k, v in values.items() if v != without[k]]
     pairs += [(f"config.{name}", value) for name, value in settings.config.items()]
     words = ["scanlm", "train", settings.model, "--corpus", settings.corpus]
     for name, value in pairs:
-        words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+        # a text that would be read as something else is quoted
+        plain = isinstance(value, str) and parse_value(value) == value
+        words += ["--set", f"{name}={value if plain else json.dumps(value)}"]
     return shlex.join(words)
 
 

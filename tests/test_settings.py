@@ -1,5 +1,6 @@
 """Where settings come from: defaults, registry entry, preset, explicit values."""
 
+import shlex
 import sys
 import types
 from typing import Any
@@ -10,6 +11,7 @@ from scanlm.config import ScanLMConfig
 from scanlm.errors import ScanLMError
 from scanlm.settings import PRESETS, TrainingSettings, resolve_settings
 from scanlm.training import describe, equivalent_command
+from scanlm.values import parse_assignments
 
 
 @pytest.fixture(autouse=True)
@@ -46,11 +48,13 @@ def test_presets_are_valid_settings(preset: str) -> None:
 
 
 def test_a_later_source_wins() -> None:
-    settings = resolve_settings("small", "smoke", {"training.steps": "7", "config.chunk_size": 16})
+    settings = resolve_settings("small", "smoke", {"training.steps": 7, "config.chunk_size": 16})
     assert settings.beta2 == 0.95  # entry
     assert settings.lr == PRESETS["smoke"]["lr"]  # preset over entry
     assert (settings.steps, settings.config) == (7, {"chunk_size": 16})  # explicit over preset
-    assert resolve_settings("small", "smoke", {"lr": "1e-4"}).lr == 1e-4
+    assert resolve_settings("small", "smoke", {"lr": 1e-4}).lr == 1e-4
+    # a corpus may be a folder whose name is a number
+    assert resolve_settings("small", "smoke", {"corpus": "2026"}).corpus == "2026"
 
 
 def test_the_embedded_corpus_brings_its_preset() -> None:
@@ -70,7 +74,7 @@ def test_the_embedded_corpus_brings_its_preset() -> None:
 )
 def test_unknown_names_offer_the_nearest(preset: str | None, key: str, message: str) -> None:
     with pytest.raises(ScanLMError, match=message):
-        resolve_settings("small", preset, {key: "1"})
+        resolve_settings("small", preset, {key: 1})
 
 
 def test_dry_run() -> None:
@@ -86,8 +90,8 @@ def test_dry_run() -> None:
 
 def test_the_equivalent_command_gives_the_same_settings() -> None:
     # lr and eval_tokens are back at the defaults, which the entry and the corpus' preset change
-    given = {"tokenizer": "bytes", "lr": 1e-3, "eval_tokens": None}
+    given = {"tokenizer": "bytes", "lr": 1e-3, "eval_tokens": None, "experiment": "7"}
     settings = resolve_settings("small", "smoke", given)
-    words = equivalent_command(settings).split()
-    pairs = dict(word.split("=", 1) for word in words if "=" in word)
+    words = shlex.split(equivalent_command(settings))
+    pairs = parse_assignments(word for word in words if "=" in word)
     assert resolve_settings("small", None, pairs | {"corpus": "embedded"}) == settings

@@ -161,7 +161,7 @@ def train(
 def evaluate(
     targets: Annotated[
         list[str],
-        typer.Argument(metavar="TARGET...", help="Runs, checkpoints, folders or names on the hub."),
+        typer.Argument(metavar="TARGET", help="Runs, checkpoints, folders or names on the hub."),
     ],
     corpus: Annotated[
         str | None, typer.Option(help=f"{CORPUS}. Default: what the first target's run names.")
@@ -189,7 +189,9 @@ def evaluate(
     ] = None,
     original_positions: Annotated[
         bool,
-        typer.Option("--original-positions", help="Skip each chunk's first token, as the paper's."),
+        typer.Option(
+            "--original-positions", help="Skip each chunk's first token, as the original."
+        ),
     ] = False,
     chunk_size: Annotated[
         int | None, typer.Option(help="For --original-positions of a model without chunks.")
@@ -214,7 +216,7 @@ def evaluate(
 
     \b
     Example:
-      scanlm evaluate data/runs/embedded/scanlm_tiny-s0-* --context streaming
+      scanlm evaluate data/runs/embedded/scanlm_tiny-s0-1a2b3c4d --context sliding
       scanlm evaluate RUN --steps 5000 10000 --corpus wikitext-103
       scanlm evaluate --compare RUN_A RUN_B gpt2 --corpus wikitext-2 --figure curves.png
     """
@@ -282,7 +284,7 @@ def run(
 @app.command()
 def figures(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Default: all of them.")
+        list[str] | None, typer.Argument(metavar="NAME", help="Default: all of them.")
     ] = None,
     results: Annotated[Path, typer.Option(help="Exported records.")] = Path("data/results"),
     out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("figures"),
@@ -302,7 +304,7 @@ def figures(
 
 @app.command()
 def export(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of finished runs.")],
     results: Annotated[Path, typer.Option(help="Where to.")] = Path("data/results"),
 ) -> None:
     """Write finished runs, without weights, to data/results, which is committed.

@@ -217,9 +217,9 @@ class Decoder:
         """Capture a step, a filling and a combine; each serves every position."""
         pool = torch.cuda.graph_pool_handle()
         left, right, out = (torch.zeros_like(self.buffers.chunk) for _ in range(3))
-        join = _captured(lambda: out.copy_(self.model.aggregate(left, right)), pool)
-        self._fill_all = _captured(self._fill_all, pool)
-        self._step = _captured(self._step_and_choose, pool)
+        join = captured(lambda: out.copy_(self.model.aggregate(left, right)), pool)
+        self._fill_all = captured(self._fill_all, pool)
+        self._step = captured(self._step_and_choose, pool)
 
         def combine(a: Tensor, b: Tensor) -> Tensor:
             left.copy_(a)
@@ -230,7 +230,7 @@ class Decoder:
         self._combine = combine
 
 
-def _captured(function: Callable[[], Any], pool: Any) -> Callable[[], None]:
+def captured(function: Callable[[], Any], pool: Any) -> Callable[[], None]:
     """A function without arguments as a CUDA graph; running it first tunes its kernels."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

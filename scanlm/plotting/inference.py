@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, ScalarFormatter
+from matplotlib.ticker import EngFormatter, LogFormatter, NullFormatter
 
 from scanlm.errors import ScanLMError, nearest
 from scanlm.plotting.style import (
@@ -116,12 +116,17 @@ def _end(figure: Figure, source: str | None) -> Figure:
     return figure
 
 
-def _logarithmic(ax: Axes, y: bool = True) -> None:
+def _logarithmic(ax: Axes) -> None:
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if y:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    _log_times(ax)
+
+
+def _log_times(ax: Axes) -> None:
+    ax.set_yscale("log")
+    for place in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+        place(LogFormatter(minor_thresholds=(2, 0.5)))
 
 
 def timeline(metrics: pd.DataFrame, source: str | None = None) -> Figure:
@@ -136,8 +141,7 @@ def timeline(metrics: pd.DataFrame, source: str | None = None) -> Figure:
         _lines(left, rows, "position", many=True)
         _lines(right, totals, "position", many=True)
         left.set(xlabel="position", ylabel="ms per token (median of 64)", title="Time a token")
-        left.set_yscale("log")
-        left.yaxis.set_major_formatter(ScalarFormatter())
+        _log_times(left)
         right.set(xlabel="position", ylabel="seconds", title="Time in total")
         right.set_ylim(bottom=0)
         for ax in (left, right):
@@ -190,6 +194,7 @@ def memory(metrics: pd.DataFrame, part: str = "positions", source: str | None = 
         _lines(ax, rows, "position", many=part == "timeline")
         _logarithmic(ax)
         ax.yaxis.set_major_formatter(EngFormatter(unit="B"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set(xlabel="position", ylabel="state", title="Memory of the state by position")
         return _end(figure, source)
 
@@ -253,9 +258,8 @@ def chunk_sizes(metrics: pd.DataFrame, source: str | None = None) -> Figure:
         left.set_ylim(bottom=0)
         left.legend()
         right.set(ylabel="state", title="Memory by chunk size")
-        right.set_yscale("log")
+        right.set_ylim(bottom=0)
         right.yaxis.set_major_formatter(EngFormatter(unit="B"))
-        right.minorticks_off()
         for ax in (left, right):
             ax.set_xscale("log", base=2)
             ax.set_xticks(rows["chunk_size"], [f"{c:g}" for c in rows["chunk_size"]])

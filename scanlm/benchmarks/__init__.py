@@ -1,0 +1,1 @@
+"""Measurements of speed and memory that end in run records."""

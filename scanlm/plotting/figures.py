@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from scanlm import trees
 from scanlm.errors import ScanLMError, nearest
-from scanlm.plotting import comparison, cost, scan, training
+from scanlm.plotting import comparison, cost, inference, scan, training
 from scanlm.plotting.architecture import architecture
 from scanlm.plotting.style import style
 
@@ -225,6 +225,21 @@ def _state_bytes(records: Records) -> Figure:
     return cost.state_bytes(metrics, source=caption)
 
 
+def _inference(draw: Callable[..., Figure], size: str = "base") -> Callable[[Records], Figure]:
+    def make(records: Records) -> Figure:
+        files = sorted((records.folder / "inference").glob(f"{size}-*.json"))
+        if not files:
+            raise NoRecords(f"no records of size {size} in {records.folder / 'inference'}")
+        from scanlm.records import read_metrics, read_runs
+
+        try:
+            return draw(read_metrics(*files), source=source(read_runs(*files)))
+        except ScanLMError as reason:  # of a part of the benchmark that was not run
+            raise NoRecords(str(reason)) from reason
+
+    return make
+
+
 FIGURES: dict[str, Callable[[Records], Figure]] = {
     "architecture": lambda _: architecture(),
     "scan_tree": lambda _: scan.tree(trees.scan_trace(8)),
@@ -246,6 +261,14 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "comparison_final": _comparison(comparison.final_values),
     "comparison_positions": _comparison(partial(training.loss_by_position, window=16)),
     "state_bytes": _state_bytes,
+    "inference_speed": _inference(inference.timeline, "original"),
+    "inference_positions_original": _inference(inference.time_by_position, "original"),
+    "inference_positions": _inference(inference.time_by_position),
+    "inference_memory": _inference(inference.memory),
+    "inference_prefill": _inference(inference.prefill),
+    "inference_borders": _inference(inference.borders),
+    "inference_chunk_sizes": _inference(inference.chunk_sizes),
+    "inference_throughput": _inference(inference.throughput),
 }
 
 

@@ -14,6 +14,8 @@ from torch import nn
 
 from scanlm.model import ScanLMForCausalLM
 
+SHAPES = 64  # a curriculum has a shape a stage; beyond torch's own limit it would run uncompiled
+
 
 def compile_model(model: nn.Module, backend: str = "inductor") -> None:
     """Compile a model in place; its parameters keep their names.
@@ -27,6 +29,7 @@ def compile_model(model: nn.Module, backend: str = "inductor") -> None:
         model: any causal language model.
         backend: of ``torch.compile``.
     """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
     if not isinstance(model, ScanLMForCausalLM):
         model.compile(backend=backend)
         return

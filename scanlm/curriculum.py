@@ -63,7 +63,7 @@ __all__ = [
 CHECKPOINT, WEIGHTS = "checkpoint.pt", "checkpoint-final"
 SAVE_WEIGHTS = ("none", "bf16", "fp32")
 # settings that leave the trained weights as they are, so that a resumed run may change them
-NOT_TRAINING = ("compile_from_length", "eval_")
+NOT_TRAINING = ("compile", "eval_")
 
 
 class Record(Protocol):

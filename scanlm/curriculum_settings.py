@@ -73,7 +73,7 @@ class StateTrackingSettings(BaseModel):
     left_fold: float = Field(default=0.0, ge=0, lt=1)
     fold_from_length: int = Field(default=1, ge=1)
 
-    compile_from_length: int | None = None  # torch.compile the model in stages from this length
+    compile: bool = False  # the model's parts, by torch.compile: see scanlm.compiling
     validation_sequences: int = Field(default=1024, ge=1)
     log_every: int = Field(default=100, ge=1)  # steps between records, and validations
     eval_lengths: tuple[int, ...] = LENGTHS
@@ -149,6 +149,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "config": SCAN_S5,
         "start_token": True,
+        "compile": True,
         "stages": [
             *_grow((2, 3, 4, 6, 8), 15_000, lr=1e-4),
             *_grow((12,), 6_000, lr=3e-4, dropout=0.1),

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scanlm.compiling import compile_model
 from scanlm.curriculum_settings import Stage, StateTrackingSettings
 from scanlm.errors import ScanLMError
 from scanlm.groups import get_group, word_batch
@@ -117,6 +118,8 @@ class Learner:
         self.settings, self.device = settings, device
         self.group = get_group(settings.group)
         self.model = build_model(settings, device)
+        if settings.compile:
+            compile_model(self.model)
         self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         self.lr = torch.zeros((), device=device)
         self.optimizer = torch.optim.AdamW(
@@ -159,10 +162,6 @@ class Learner:
         rows = round(share * stage.batch)
         if rows:
             self._logits = lambda x: folded_logits(self.model, x, rows, self.settings.start_token)
-        first = self.settings.compile_from_length
-        if first is not None and stage.length >= first:
-            self._logits = torch.compile(self._logits, dynamic=False)
-
         if self.stream is not None:  # the runs' streams do not wait for the default one
             torch.cuda.synchronize(self.device)
 
@@ -271,17 +270,18 @@ class Learner:
 
     def _eager(self, function: Callable[[], None], training: bool = True) -> None:
         self.model.train(training)
-        function()
+        # words of validation are not worth a compilation
+        with torch.compiler.set_stance("default" if training else "eager_on_recompile"):
+            function()
 
     def _capture(self, function: Callable[[], None], training: bool) -> Callable[[], None]:
         """The function as a CUDA graph; where that is not possible, the function itself."""
-        self.model.train(training)
         self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         try:
             # entering waits for all streams; other runs go on afterwards
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                function()
+                self._eager(function, training)
         except RuntimeError as error:
             message = str(error).splitlines()[0]
             warnings.warn(

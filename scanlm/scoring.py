@@ -271,9 +271,10 @@ def check_context(model: nn.Module, length: int, streaming: bool = False) -> Non
             f"at {limit}; use context='sliding', or a model without a limit (scanlm with "
             'position_embedding="chunk", GLA, Gated DeltaNet, Mamba2)'
         )
+    endless = ', or one trained with position_embedding="chunk"' if kind == "scanlm" else ""
     raise ScanLMError(
         f"seq_len={length} is longer than the {limit} positions of this {kind} model: use "
-        f"seq_len={limit} or less"
+        f"seq_len={limit} or less{endless}"
     )
 
 

@@ -137,7 +137,7 @@ class _Session:
         s = self.settings
         if s.compile:
             compile_model(self.model)
-        arguments = _arguments(s, self.folder, self.precision)
+        arguments = training_arguments(s, self.folder, self.precision)
         self.trainer = ExactTrainer(
             score=self._score,
             record=self._record,
@@ -286,7 +286,14 @@ class _Schedule(TrainerCallback):
         self.display.advance(step)
 
 
-def _arguments(s: TrainingSettings, folder: Path, precision: str) -> TrainingArguments:
+def training_arguments(s: TrainingSettings, folder: Path, precision: str) -> TrainingArguments:
+    """The settings as transformers' Trainer takes them; logging and evaluation are asked for apart.
+
+    Args:
+        s: the settings.
+        folder: of the run.
+        precision: what ``resolve_precision`` returned.
+    """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available()
     arguments = TrainingArguments(

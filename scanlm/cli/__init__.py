@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from scanlm.cli import benchmark
 from scanlm.cli.usage import Commands, NamedValues, SeveralSteps
 from scanlm.errors import ScanLMError
 
@@ -22,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+
+app.add_typer(benchmark.app, name="benchmark")
 
 CORPUS = "embedded, wikitext-2, wikitext-103, a folder or a file; see data/README.md"
 CacheDir = Annotated[Path, typer.Option(help="Where token files and tokenizers are kept.")]

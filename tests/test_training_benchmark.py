@@ -1,0 +1,237 @@
+"""The training benchmark: what is planned, timed and recorded; nothing stops the rest."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from scanlm.benchmarks import training as bench
+from scanlm.benchmarks.failures import is_out_of_memory
+from scanlm.benchmarks.training import TrainingSpeedSettings, benchmark_training, plan
+from scanlm.benchmarks.training_step import TrainingStep, Work, build, flops_per_token
+from scanlm.cli import app
+from scanlm.errors import ScanLMError
+from scanlm.records import Run, export, read_metrics
+
+CPU = torch.device("cpu")
+MODELS = ("scanlm_tiny", "gpt2_tiny")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "measure_peak", lambda device, dtype: 1e11)
+
+
+def tiny(root: Path, **changes: Any) -> TrainingSpeedSettings:
+    fields: dict[str, Any] = {
+        "models": MODELS,
+        "chunk_sizes": (16, 8),
+        "seq_lens": (32, 64),
+        "batch_tokens": 64,
+        "steps": 3,
+        "device": "cpu",
+        "root": str(root),
+    }
+    return TrainingSpeedSettings(**{**fields, **changes})
+
+
+def work(model: str, mode: str, **changes: Any) -> Work:
+    fields = {"part": "step", "compiled": "no", "chunk_size": None, "length": 32, "batch_size": 2}
+    return Work(model=model, mode=mode, **{**fields, **changes})
+
+
+# What is planned
+
+
+def test_the_most_important_comes_first_and_nothing_twice(tmp_path: Path) -> None:
+    items = list(plan(tiny(tmp_path, compile=True, seq_lens=(32, 64, 512))))
+    assert items[0] == work("scanlm_tiny", "blelloch", compiled="yes", chunk_size=16)
+    assert items[1] == work("gpt2_tiny", "fused_loss", compiled="yes")
+    assert [item.part for item in items[2:5]] == ["trainer", "loader", "loading"]
+    assert len(items) == len(set(items)) == len({item.label for item in items})
+    assert all(item.batch_size * item.length == 64 for item in items if item.length <= 64)
+    longest = [item for item in items if item.length == 512]
+    assert {item.batch_size for item in longest} == {1}
+    # a tree of 32 chunks node by node is compiled, one of 64 is not
+    unrolled = {i.length: i.compiled for i in items if i.mode == "sequential"}
+    assert unrolled[512] == "yes"
+    (other,) = [
+        i
+        for i in plan(tiny(tmp_path, compile=True, seq_lens=(32, 1024)))
+        if i.length == 1024 and i.mode == "sequential"
+    ]
+    assert other.compiled == "no"
+    assert [i for i in items if i.mode == "transformers" and i.compiled == "no"]  # as shipped
+
+
+def test_chunk_sizes_take_the_registry_id_of_their_size(tmp_path: Path) -> None:
+    items = plan(tiny(tmp_path, models=("scanlm_base_c64",), chunk_sizes=(64, 128, 48)))
+    assert {item.model: item.chunk_size for item in items if item.length == 32} == {
+        "scanlm_base_c64": 48,  # no id of its own; 64 was named before
+        "scanlm_base_c128": 128,
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"models": ("scanlm_tyny",)}, "unknown model 'scanlm_tyny'.*scanlm_tiny"),
+        ({"parts": ("steps",)}, "unknown part 'steps'.*'step'"),
+        ({"modes": ("sequentiel",)}, "unknown mode 'sequentiel'.*'sequential'"),
+        ({"dtype": "bf16"}, "unknown dtype 'bf16'"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used"),
+        ({"seq_lens": (0,)}, "seq_lens: 0"),
+        ({"models": ()}, "no models"),
+    ],
+)
+def test_mistakes(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ScanLMError, match=message) as error:
+        benchmark_training(tiny(tmp_path, **values))
+    assert "\n" not in str(error.value)
+
+
+# What is timed
+
+
+@pytest.mark.parametrize("mode", ["fused_loss", "flash", "transformers"])
+def test_all_modes_of_gpt2_compute_its_loss(mode: str) -> None:
+    step = TrainingStep(work("gpt2_tiny", mode), CPU, "float32")
+    plain = build(work("gpt2_tiny", "transformers"), CPU, seed=0)
+    weights = step.model.state_dict()
+    plain.load_state_dict(
+        {n: w[: plain.state_dict()[n].shape[0]] for n, w in weights.items()}, strict=True
+    )
+    size = step.model.config.vocab_size
+    assert size == (257 if mode == "transformers" else 384)
+    batch = next(step.batches)
+    assert int(batch["input_ids"].max()) < 257
+    with torch.no_grad():
+        logits = plain(batch["input_ids"]).logits
+        if size > 257:  # the extra rows' logits are part of the padded model's sum
+            full = step.model(batch["input_ids"]).logits
+            torch.testing.assert_close(full[..., :257], logits)
+            logits = full
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["shift_labels"].flatten()
+    )
+    torch.testing.assert_close(step(), expected)
+
+
+@pytest.mark.parametrize("mode", ["blelloch", "sequential"])
+def test_a_step_trains(mode: str) -> None:
+    step = TrainingStep(work("scanlm_tiny", mode, chunk_size=8), CPU, "bfloat16")
+    assert step.model.config.train_mode == mode
+    losses = [float(step()) for _ in range(8)]
+    assert losses[-1] < losses[0] - 0.01
+    assert all(p.grad is None for p in step.model.parameters())
+
+
+def test_positions_suffice_and_padding_is_not_counted() -> None:
+    long = {"length": 4096, "batch_size": 1}
+    gpt2 = build(work("gpt2_tiny", "flash", **long), torch.device("meta"), 0)
+    assert gpt2.config.n_positions == 4096
+    scan = build(work("scanlm_tiny", "blelloch", chunk_size=32, **long), torch.device("meta"), 0)
+    assert scan.config.position_embedding == "chunk"
+    short = build(work("scanlm_tiny", "blelloch", chunk_size=32), torch.device("meta"), 0)
+    assert short.config.position_embedding == "absolute"
+    operations = {flops_per_token(work("gpt2_tiny", m)) for m in ("flash", "transformers")}
+    assert len(operations) == 1
+
+
+# What is recorded
+
+
+def test_everything_is_recorded_and_exported(tmp_path: Path) -> None:
+    lines: list[str] = []
+    run = benchmark_training(tiny(tmp_path), lines.append)
+    assert run.finished
+    metrics = read_metrics(run.folder)
+    planned = {item.label for item in plan(tiny(tmp_path))}
+    measured = metrics[metrics["name"] == "measured"]
+    assert set(measured["label"]) == planned
+    assert len(lines) == len(planned)
+    speeds = metrics[metrics["name"] == "tokens_per_second"]
+    assert (speeds["value"] > 0).all()
+    axes = ["part", "model", "mode", "compiled", "length", "batch_size", "dtype", "n"]
+    assert speeds[axes].notna().all(axis=None)
+    used = metrics[metrics["name"] == "model_flops_utilisation"]
+    assert set(used["peak"]) == {"measured"}
+    row, cost = used.iloc[0], metrics[metrics["name"] == "flops_per_token"].iloc[0]
+    assert row["value"] == pytest.approx(speeds.iloc[0]["value"] * cost["value"] / 1e11)
+    assert "compile_seconds" in set(metrics["name"])
+    assert {"trainer / step", "loading / step", "scan / GPT-2 at 32"} <= set(run.summary["ratios"])
+    exported = export(run.folder, tmp_path / "results")
+    assert len(read_metrics(exported)) == len(metrics)
+    assert benchmark_training(tiny(tmp_path), lines.append).folder == run.folder
+    assert lines[-1].startswith("already finished")
+
+
+def test_no_memory_and_refusals_cost_only_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = bench._MEASURES["step"]
+
+    def measure(s: Any, item: Work) -> Iterator[Any]:
+        if item.model == "gpt2_tiny":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB\nmore")
+        if item.mode == "sequential":
+            raise RuntimeError("this kernel wants another GPU\nand more lines")
+        yield from real(s, item)
+
+    monkeypatch.setitem(bench._MEASURES, "step", measure)
+    run = benchmark_training(tiny(tmp_path, parts=("step", "modes"), seq_lens=(32,)))
+    assert run.finished
+    assert len(run.summary["out_of_memory"]) == 3
+    (refused,) = run.summary["not_available"]
+    assert "sequential" in refused
+    metrics = read_metrics(run.folder).set_index("name")
+    assert metrics.loc["not_available", "reason"] == "RuntimeError: this kernel wants another GPU"
+    assert len(run.summary["tokens_per_second"]) == 1
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = bench._MEASURES["step"], []
+
+    def measure(s: Any, item: Work) -> Iterator[Any]:
+        calls.append(item)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        yield from real(s, item)
+
+    monkeypatch.setitem(bench._MEASURES, "step", measure)
+    settings = tiny(tmp_path, parts=("step",))
+    with pytest.raises(KeyboardInterrupt):
+        benchmark_training(settings)
+    (folder,) = tmp_path.glob("*/*")
+    assert Run.open(folder).status == "interrupted"
+    assert benchmark_training(settings).finished
+    assert [item.model for item in calls] == ["scanlm_tiny", "gpt2_tiny", "gpt2_tiny"]
+
+
+def test_a_budget_ends_a_run_that_the_next_call_finishes(tmp_path: Path) -> None:
+    lines: list[str] = []
+    run = benchmark_training(tiny(tmp_path, parts=("step",), max_seconds=0.0), lines.append)
+    assert run.status == "interrupted"
+    assert "the same command goes on" in lines[-1]
+    run = benchmark_training(tiny(tmp_path, parts=("step",), max_seconds=600.0), lines.append)
+    assert run.finished
+
+
+def test_failures_that_are_no_memory() -> None:
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    assert not is_out_of_memory(RuntimeError("shapes do not fit"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_the_command(tmp_path: Path) -> None:
+    words = "benchmark training --models scanlm_tiny --seq-lens 32 --batch-tokens 32 --steps 2"
+    words += f" --parts step --device cpu --chunk-sizes 8 --root {tmp_path}"
+    result = CliRunner().invoke(app, words.split())
+    assert result.exit_code == 0, result.output
+    assert "step: scanlm_tiny, blelloch, not compiled, chunk 8, 1 x 32" in result.output
+    assert list(tmp_path.glob("training_speed/*/summary.json"))
+    result = CliRunner().invoke(app, ["benchmark", "training", "--seq-lens", "1k"])
+    assert result.exit_code == 1

@@ -227,6 +227,8 @@ def _measure(
 ) -> None:
     """One measurement; its metrics are written together, when it is complete."""
     label = f"{work.part}: {work.model}, position {work.position:,}, batch {work.batch_size}"
+    if work.part == "chunks":
+        label += f", chunk size {work.chunk_size}"
     device = settings.torch_device()
     new = settings.max_new_tokens if work.part == "timeline" else settings.steps + 16
     # the period of a scan model may add most of a chunk to the steps

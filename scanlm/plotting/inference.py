@@ -36,9 +36,9 @@ LABELS = {
     "scanlm": "scanlm",
     "scanlm_plain": "scanlm, forward token by token",
     "scanlm_original": "original's loop (another function)",
-    "gpt2_graph": "GPT-2, static KV, compiled, graph",
-    "gpt2_static": "GPT-2, StaticCache, compiled",
-    "gpt2_dynamic": "GPT-2, DynamicCache",
+    "gpt2_graph": "GPT-2, static KV buffer",
+    "gpt2_static": "GPT-2, transformers' StaticCache",
+    "gpt2_dynamic": "GPT-2, transformers' DynamicCache",
     "gpt2_math": "GPT-2, math kernel, float32 (handicap)",
     "gla": "GLA",
     "gated_deltanet": "Gated DeltaNet",
@@ -123,10 +123,17 @@ def _logarithmic(ax: Axes) -> None:
     _log_times(ax)
 
 
+class _PlainLog(LogFormatter):
+    """0.2 instead of 2e-01."""
+
+    def _num_to_string(self, x: float, vmin: float, vmax: float) -> str:
+        return f"{x:g}"
+
+
 def _log_times(ax: Axes) -> None:
     ax.set_yscale("log")
     for place in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-        place(LogFormatter(minor_thresholds=(2, 0.5)))
+        place(_PlainLog(minor_thresholds=(2, 0.5)))
 
 
 def timeline(metrics: pd.DataFrame, source: str | None = None) -> Figure:
@@ -282,6 +289,7 @@ def throughput(metrics: pd.DataFrame, source: str | None = None) -> Figure:
         sizes = sorted(rows["batch_size"].unique())
         ax.set_xticks(sizes, [f"{size:g}" for size in sizes])
         ax.yaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set(xlabel="batch size", ylabel="tokens per second", title="Throughput by batch size")
         return _end(figure, source)
 

@@ -444,8 +444,12 @@ def describe(settings: TrainingSettings) -> dict[str, Any]:
         ``settings``, ``config`` (of the model), ``num_parameters``, ``tokens``, ``flops``,
         ``memory_bytes`` and ``memory_formula``, ``experiment``, ``command``. The vocabulary is the
         one in the model's entry, since the corpus has not been read.
+
+    Raises:
+        ScanLMError: a corpus that is not known, or sequences longer than the model's positions.
     """
     model = _build(settings, None, "meta")
+    check_context(model, settings.seq_len)
     number = sum(p.numel() for p in model.parameters())
     c = model.config
     width = int(getattr(c, "hidden_size", 0) or getattr(c, "n_embd", 0))

@@ -242,6 +242,8 @@ def test_the_printed_command_is_the_same_training(tmp_path: Path) -> None:
         (["--steps", "0"], "steps=0: input should be greater than or equal to 1"),
         (["--set", "config.chunk_size=0"], "chunk_size"),
         (["--set", "config.n_head=5"], "n_head"),
+        (["--set", "seq_len=2048"], "seq_len=2048 is longer than the 1024 positions"),
+        (["--corpus", "embeded"], "unknown corpus 'embeded'"),
     ],
 )
 def test_wrong_settings_are_one_line(options: list[str], message: str) -> None:

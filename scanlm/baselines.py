@@ -229,13 +229,12 @@ def _window_gpt2(fields: dict[str, Any], device: torch.device | None) -> PreTrai
 
 
 def _mamba2(fields: dict[str, Any], device: torch.device | None) -> PreTrainedModel:
-    import logging
-
     import torch
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
-    if not torch.cuda.is_available():  # no advice to install kernels that need a GPU
-        logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
+    from scanlm.fused import no_kernel_advice
+
+    no_kernel_advice()
     config = make_config(Mamba2Config, fields)
     # done here and not by transformers, which would rescale loaded weights again
     rescale, config.rescale_prenorm_residual = config.rescale_prenorm_residual, False

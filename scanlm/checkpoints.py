@@ -188,6 +188,10 @@ def register_family(model_type: str, device: str | torch.device | None = None) -
         classes(model_type, None if device is None else torch.device(device))
     elif model_type == "window_gpt2":
         import_module("scanlm.window")
+    elif model_type == "mamba2":
+        from scanlm.fused import no_kernel_advice
+
+        no_kernel_advice()
 
 
 def _load_model(

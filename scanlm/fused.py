@@ -6,6 +6,7 @@ a GPU, and only when one of its families is asked for.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from functools import cache
 from importlib import import_module
@@ -77,6 +78,12 @@ def fused_classes(model_type: str) -> tuple[Any, Any]:
     model = _model_class(model_type)
     register(config, model)
     return config, model
+
+
+def no_kernel_advice() -> None:
+    """Without a GPU, keep transformers from advising to install kernels for one (Mamba2)."""
+    if not torch.cuda.is_available():
+        logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
 
 
 @cache

@@ -304,3 +304,20 @@ def test_scan_models_differ_in_their_chunks_alone() -> None:
     assert all(isinstance(config, ScanLMConfig) for config in configs)
     one, other = (config.to_dict() for config in configs)
     assert {name for name in one if one[name] != other[name]} == {"chunk_size"}
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_a_stream_in_pieces_is_the_whole(model: str) -> None:
+    torch.manual_seed(0)
+    net = build_model(model).eval()
+    ids = torch.randint(256, (1, 90))
+    state: dict[str, Any] = {}
+    logits = []
+    with torch.no_grad():
+        for piece in ids.split([30, 45, 1, 14], dim=1):
+            out = net(input_ids=piece, use_cache=True, **state)
+            name = "cache_params" if "cache_params" in out else "past_key_values"
+            state = {name: out[name]}
+            logits.append(out.logits)
+        whole = net(ids).logits
+    torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=1e-4, atol=1e-5)

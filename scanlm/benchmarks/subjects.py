@@ -286,20 +286,27 @@ class GraphGPT2(GPT2):
 
     note = "the buffer is as long as the positions measured, so it is captured anew for each"
     static: StaticGPT2 | None = None
+    tuned = False
 
     def prefill(self, prompt: Tensor) -> None:
         """Into a buffer that has room for the tokens to come."""
         b, t = prompt.shape
         capacity = -(-min(self.setting.positions, t + self.room) // 128) * 128
-        if self.static is None or self.static.keys.shape[3] != capacity:
+        if self.static is None or self.static.capacity != capacity:
             self.static = None  # freed before the next is allocated
-            self.static = StaticGPT2(self.model, b, capacity)
+            self.static = StaticGPT2(self.model, b, capacity, tuned=self.tuned)
         self.static.prefill(prompt)
         self.step = self.static.step
 
     def state_bytes(self) -> int:
         """Keys and values up to the position."""
         return 0 if self.static is None else self.static.num_bytes
+
+
+class TunedGPT2(GraphGPT2):
+    """The same, with the compiler's search for the best kernels."""
+
+    tuned = True
 
 
 class StaticCacheGPT2(GPT2):
@@ -400,6 +407,7 @@ SUBJECTS: dict[str, Callable[[Setting], Subject]] = {
     "scanlm_plain": PlainScan,
     "scanlm_original": OriginalScan,
     "gpt2_graph": GraphGPT2,
+    "gpt2_tuned": TunedGPT2,
     "gpt2_static": StaticCacheGPT2,
     "gpt2_dynamic": GPT2,
     "gpt2_math": MathGPT2,

@@ -37,6 +37,7 @@ LABELS = {
     "scanlm_plain": "scanlm, forward token by token",
     "scanlm_original": "original's loop (another function)",
     "gpt2_graph": "GPT-2, static KV buffer",
+    "gpt2_tuned": "GPT-2, static KV buffer, tuned",
     "gpt2_static": "GPT-2, transformers' StaticCache",
     "gpt2_dynamic": "GPT-2, transformers' DynamicCache",
     "gpt2_math": "GPT-2, math kernel, float32 (handicap)",

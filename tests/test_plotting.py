@@ -481,6 +481,38 @@ def test_final_values_have_a_point_a_seed_and_the_best_on_top(metrics: pd.DataFr
     assert texts(ax) == ["3.250", "2.250"]
 
 
+def test_position_differences_cancel_the_text(metrics: pd.DataFrame) -> None:
+    humps = metrics.assign(value=metrics["value"] + 5 * (metrics["position"] % 2).fillna(0))
+    slope = humps["position"].fillna(0) * (humps["model"] == "scanlm")
+    humps = humps.assign(value=humps["value"] - 0.1 * slope)
+    (ax,) = comparison.position_differences(humps, "gpt2", chunk_size=3).axes
+    line = next(line for line in ax.lines if line.get_label() == "scanlm")
+    assert list(line.get_ydata()) == pytest.approx([0, -0.1, -0.2, -0.3, -0.4, -0.5])
+    assert [x.get_xdata()[0] for x in ax.lines if x.get_xdata()[0] == 2.5] == [2.5]
+    with pytest.raises(ScanLMError, match="Did you mean 'gpt2'"):
+        comparison.position_differences(humps, "gpt")
+
+
+def test_influence_by_distance_is_a_mean_over_predictions() -> None:
+    steps = np.subtract.outer(np.arange(8), np.arange(8))
+    halving = np.where(steps >= 0, 0.5 ** np.maximum(steps, 0), 0.0)
+    (ax,) = comparison.influence_by_distance({"gpt2": halving}, {"window": 4}).axes
+    line = next(line for line in ax.lines if line.get_label() == "GPT-2")
+    assert list(line.get_xdata()) == [1, 2, 3, 4, 5]
+    assert list(line.get_ydata()) == pytest.approx([0.5, 0.25, 0.125, 0.0625, 0.03125])
+    assert texts(ax) == ["window"]
+    with pytest.raises(ScanLMError, match="no influence maps"):
+        comparison.influence_by_distance({})
+
+
+def test_many_series_have_their_legend_beside_and_no_raw_values(metrics: pd.DataFrame) -> None:
+    four = pd.concat(metrics.assign(model=f"{m}-{k}") for k, m in enumerate("abcd"))
+    (ax,) = training.loss_by_position(four, window=3).axes
+    assert len(ax.lines) == 4
+    assert not ax.collections
+    assert ax.get_legend().get_bbox_to_anchor().x0 > ax.bbox.x1 - 1
+
+
 # Committed pictures
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.ticker import EngFormatter
 
+from scanlm.errors import ScanLMError, nearest
 from scanlm.plotting.style import (
     FAINT,
     FAMILIES,
@@ -23,7 +24,7 @@ from scanlm.plotting.style import (
     style,
     text_on,
 )
-from scanlm.plotting.training import NAME_LABELS, X_LABELS, loss_rows, seed_spread
+from scanlm.plotting.training import NAME_LABELS, X_LABELS, last_rows, loss_rows, seed_spread
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -276,7 +277,7 @@ def final_values(
         ScanLMError: the records have no such metric or split.
     """
     rows = loss_rows(metrics, name, "step", split)
-    last = rows[rows["step"] == rows.groupby("run_id")["step"].transform("max")]
+    last = last_rows(rows)
     means = last.groupby("model")["value"].mean().sort_values(ascending=False)
     looks = model_styles(list(rows["model"].unique()))
     with style():
@@ -305,4 +306,104 @@ def final_values(
         ax.set_title(f"Final {split} {name}: a point a seed, a bar at the mean")
         if source:
             caption(figure, source)
+    return figure
+
+
+def position_differences(
+    metrics: pd.DataFrame,
+    reference: str,
+    chunk_size: int | None = None,
+    split: str = "validation",
+    window: int = 1,
+    source: str | None = None,
+) -> Figure:
+    """Loss by position less that of one model: what the text does to all of them cancels.
+
+    Args:
+        metrics: frame of ``records.read_metrics``, all models scored on the same text.
+        reference: model id that the others are compared with.
+        chunk_size: draw chunk borders at its multiples.
+        split: which split.
+        window: positions in the running mean.
+        source: caption.
+
+    Raises:
+        ScanLMError: the records have no values by position, or not of ``reference``.
+    """
+    rows = last_rows(loss_rows(metrics.dropna(subset=["position"]), "loss", "position", split))
+    table = rows.pivot_table(index="position", columns="model", values="value", sort=False)
+    if reference not in table:
+        raise ScanLMError(f"unknown model {reference!r}.{nearest(reference, table.columns)}")
+    looks = model_styles(list(table.columns))
+    differences = table.sub(table[reference], axis=0).drop(columns=reference)
+    smooth = differences.rolling(window, center=True, min_periods=1).mean()
+    with style():
+        figure = new_figure(9.6, 3.9)
+        ax = figure.subplots()
+        for border in np.arange(chunk_size or len(table), len(table), chunk_size or 1):
+            ax.axvline(border - 0.5, color=FAINT, lw=0.9, zorder=0)
+        ax.axhline(0, color=looks[reference].color, lw=1.5, label=looks[reference].label)
+        for model, values in smooth.items():
+            look = looks[str(model)]
+            ax.plot(
+                smooth.index, values, color=look.color, ls=look.linestyle, lw=1.5, label=look.label
+            )
+        ax.set_xlim(-0.5, table.index.max() + 0.5)
+        ax.set(xlabel="position in the sequence", ylabel="nats per token, lower is better")
+        ax.set_title(f"Loss by position, less that of {looks[reference].label}")
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        if source:
+            caption(figure, source)
+    return figure
+
+
+def influence_by_distance(
+    maps: Mapping[str, np.ndarray], marks: Mapping[str, float] | None = None
+) -> Figure:
+    """How much a token matters to a prediction by how far back it lies.
+
+    Args:
+        maps: model id -> ``(T, T)`` gradient norms of ``scanlm.influence.influence``.
+        marks: distances to mark with a vertical line, by name.
+
+    Raises:
+        ScanLMError: no maps.
+    """
+    if not maps:
+        raise ScanLMError("no influence maps to draw")
+    looks = model_styles(list(maps))
+    with style():
+        figure = new_figure(7.4, 4.2)
+        ax = figure.subplots()
+        for model, matrix in maps.items():
+            # distances that few predictions can look back on would be mostly noise
+            reach = range(1, 3 * len(matrix) // 4)
+            mean = np.array([np.sqrt(np.mean(np.diagonal(matrix, -d) ** 2)) for d in reach])
+            own = np.sqrt(np.mean(np.diagonal(matrix) ** 2))
+            shown = np.where(mean > 0, mean / own, np.nan)
+            ax.plot(
+                reach,
+                shown,
+                color=looks[model].color,
+                ls=looks[model].linestyle,
+                label=looks[model].label,
+            )
+        for name, distance in (marks or {}).items():
+            ax.axvline(distance, color=FAINT, lw=1.2, zorder=0)
+            ax.annotate(
+                name,
+                (distance, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, -3),
+                textcoords="offset points",
+                va="top",
+                fontsize=8.5,
+                color=MUTED,
+            )
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.set(xlabel="tokens back", ylabel="influence, relative to the last token's")
+        ax.set_title("How far back a prediction reaches")
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

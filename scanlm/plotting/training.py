@@ -76,7 +76,7 @@ def _rows(
     return rows
 
 
-def _last(rows: pd.DataFrame) -> pd.DataFrame:
+def last_rows(rows: pd.DataFrame) -> pd.DataFrame:
     """Each run's rows of its last step."""
     if "step" not in rows or rows["step"].isna().all():
         return rows
@@ -147,14 +147,17 @@ def _references(ax: Axes, values: Mapping[str, float] | None) -> None:
 
 
 def _finish(ax: Axes, source: str | None) -> None:
-    if len(ax.get_legend_handles_labels()[0]) > 1:
+    count = len(ax.get_legend_handles_labels()[0])
+    if count > 3:  # beside the axes, where no curve runs
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    elif count > 1:
         ax.legend()
     if source:
         caption(ax.figure, source)  # type: ignore[arg-type]
 
 
 def loss_rows(metrics: pd.DataFrame, name: str, x: str, split: str | None) -> pd.DataFrame:
-    """Rows of a metric over the course of training: those that belong to no position or length.
+    """Rows of a metric over ``x``: if there are any that belong to no position or length, those.
 
     Raises:
         ScanLMError: the records have no such metric, axis or split.
@@ -229,20 +232,22 @@ def loss_by_position(
         name: "loss" or "perplexity".
         split: which split; ``None`` for records without splits.
         by: column that tells series apart.
-        window: positions in the running mean drawn over the raw values (1: only the raw values).
+        window: positions in the running mean drawn over the raw values (1: only the raw values;
+            the raw values of more than three series would hide the means and are left out).
         source: caption.
 
     Raises:
         ScanLMError: the records have no values by position.
     """
-    rows = _last(_rows(metrics, name, ("position",), split))
+    rows = last_rows(_rows(metrics, name, ("position",), split))
     with style():
         figure = new_figure(9.6, 3.9)
         ax = figure.subplots()
         if chunk_size:
             for border in np.arange(chunk_size, rows["position"].max() + 1, chunk_size):
                 ax.axvline(border - 0.5, color=FAINT, lw=0.9, zorder=0)
-        for label, look, part in _series(rows, by):
+        series = _series(rows, by)
+        for label, look, part in series:
             table = seed_spread(part, "position")
             # a running mean over a border would show its effect before it
             chunks = table["x"] // (chunk_size or len(table))
@@ -251,10 +256,10 @@ def loss_by_position(
                 .groupby(chunks)
                 .transform(lambda mean: mean.rolling(window, center=True, min_periods=1).mean())
             )
-            if window > 1:
+            if window > 1 and len(series) <= 3:
                 ax.plot(table["x"], table["mean"], color=look.color, lw=0.6, alpha=0.35)
             ax.plot(table["x"], smooth, color=look.color, ls=look.linestyle, lw=1.5, label=label)
-            if part["run_id"].nunique() > 1:
+            if part["run_id"].nunique() > 1 and (window == 1 or len(series) <= 3):
                 ax.fill_between(
                     table["x"], table["min"], table["max"], color=look.color, alpha=0.15, lw=0
                 )
@@ -286,7 +291,7 @@ def loss_within_chunk(
     Raises:
         ScanLMError: the records have no values by position, or of one chunk only.
     """
-    rows = _last(_rows(metrics, "loss", ("position",), split))
+    rows = last_rows(_rows(metrics, "loss", ("position",), split))
     rows = rows.assign(place=rows["position"] % chunk_size, first=rows["position"] < chunk_size)
     if rows["first"].all():
         raise ScanLMError(
@@ -343,7 +348,7 @@ def chunk_size_comparison(
             rows = rows[rows[axis].isna()]
     speed = metrics[metrics["name"] == "tokens_per_second"].dropna(subset=["chunk_size", "value"])
     panels: list[tuple[pd.DataFrame, str, str]] = [
-        (_last(rows), NAME_LABELS.get(name, name), f"Final {split or ''} {name}")
+        (last_rows(rows), NAME_LABELS.get(name, name), f"Final {split or ''} {name}")
     ]
     if not speed.empty:
         runs = _medians(speed, [by, "chunk_size"])

@@ -1,0 +1,746 @@
+"""State tracking: words drawn by hand, curricula, error by length and by depth of the tree.
+
+Curves take the long frame of ``scanlm.records.read_metrics`` with a column ``series``, which
+``label_series`` adds; the figures of a single model take the frames of ``scanlm.state_probe``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+
+from scanlm.errors import ScanLMError
+from scanlm.plotting.style import (
+    EXTRA_COLORS,
+    FAINT,
+    FAMILIES,
+    INK,
+    MUTED,
+    PAPER,
+    FamilyStyle,
+    caption,
+    family_of,
+    new_figure,
+    sequence_colors,
+    style,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from scanlm.groups import Group
+
+SCAN = FAMILIES["scanlm"].color
+SHADE = "#F1E9DC"  # lengths that were trained on
+# five items in a hand of cards, told apart without their colours by their letters
+ITEM_COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
+TITLES = {
+    "accuracy": "Error over all positions",
+    "accuracy_last": "Error at the last position",
+    "accuracy_sequence": "Share of words with an error",
+}
+
+
+# Series
+
+
+def run_label(model: str, parameters: Mapping[str, Any]) -> str:
+    """What a run is called in figures: its family, and what makes it differ within it."""
+    if model == "scan":
+        return "scan model"
+    family = family_of(model)
+    label = FAMILIES[family].label if family else model
+    if family == "gated_deltanet":
+        negative = (parameters.get("config") or {}).get("allow_neg_eigval")
+        if negative is not None:
+            label += ", negative eigenvalues" if negative else ", positive eigenvalues"
+    return label
+
+
+def label_series(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Metrics with a column ``series``: the label of each row's run.
+
+    Args:
+        metrics: of ``records.read_metrics``.
+        runs: of ``records.read_runs``, the same records.
+    """
+    labels = {
+        run["run_id"]: run_label(run["model"], run["parameters"]) for _, run in runs.iterrows()
+    }
+    return metrics.assign(series=metrics["run_id"].map(labels))
+
+
+def _looks(series: Sequence[str]) -> dict[str, FamilyStyle]:
+    """A style per label; the scan model's first, families by their colour, others in order."""
+    by_label = {"scan model": FAMILIES["scanlm"]} | {f.label: f for f in FAMILIES.values()}
+    unknown = [s for s in series if s.split(", ")[0] not in by_label and s not in by_label]
+    # settings of one model (chunk sizes, ablations) are not families
+    colors = sequence_colors(len(unknown)) if len(unknown) > len(EXTRA_COLORS) else EXTRA_COLORS
+    looks = {}
+    for name in series:
+        base = by_label.get(name) or by_label.get(name.split(", ")[0])
+        if base is None:
+            looks[name] = FamilyStyle(name, colors[unknown.index(name)], "o")
+        else:
+            dashed = name not in by_label and "positive" in name
+            looks[name] = FamilyStyle(
+                name, base.color, base.marker, "--" if dashed else base.linestyle
+            )
+    return looks
+
+
+def _ordered(series: pd.Series) -> list[str]:
+    """Labels in the order of their first row, the scan model in front."""
+    labels = list(series.dropna().unique())
+    return sorted(labels, key=lambda label: label != "scan model")
+
+
+def _need(metrics: pd.DataFrame, what: str, rows: pd.DataFrame) -> pd.DataFrame:
+    if rows.empty:
+        known = ", ".join(sorted(metrics["name"].unique())) or "none"
+        raise ScanLMError(f"the records have no {what}; their metrics are: {known}")
+    return rows
+
+
+def _column(metrics: pd.DataFrame, name: str) -> pd.Series:
+    return metrics[name] if name in metrics else metrics["value"] * np.nan
+
+
+def evaluated(
+    metrics: pd.DataFrame, name: str = "accuracy", dtype: str | None = "float32"
+) -> pd.DataFrame:
+    """Evaluations by length of the test words, in one precision where several were measured.
+
+    Raises:
+        ScanLMError: the records have none.
+    """
+    rows = metrics[
+        (metrics["name"] == name)
+        & (_column(metrics, "split") == "test")
+        & _column(metrics, "length").notna()
+        & _column(metrics, "position").isna()
+    ]
+    if dtype and "dtype" in rows and rows["dtype"].eq(dtype).any():
+        rows = rows[rows["dtype"] == dtype]
+    return _need(metrics, f"{name!r} by length on test words", rows)
+
+
+# The task
+
+
+def circuit_depth(length: int = 4096, layers: int = 12, composed: int = 2) -> Figure:
+    """Rounds of composing that different machines spend on the product of n elements.
+
+    Args:
+        length: greatest n.
+        layers: of a network of fixed depth.
+        composed: elements that one round joins.
+    """
+    n = np.unique(np.geomspace(1, length, 200).astype(int))
+    tree = np.ceil(np.log(n) / np.log(composed))
+    with style():
+        figure = new_figure(7.4, 3.7)
+        ax = figure.subplots()
+        ax.plot(n, np.maximum(n - 1, 0), color=FAMILIES["gla"].color, label="one after another")
+        ax.plot(n, tree, color=SCAN, label="a tree of pairs", drawstyle="steps-pre")
+        ax.axhline(layers, color=FAMILIES["gpt2"].color, ls="--", label=f"{layers} layers")
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("symlog", linthresh=16, base=2)
+        ax.set_xlim(1, length)
+        ax.set_ylim(0, length)
+        plain = FuncFormatter(lambda v, _: f"{v:g}")
+        ax.xaxis.set_major_formatter(plain)
+        ax.set_yticks([0, 4, 8, 16, 64, 256, 1024, length])
+        ax.yaxis.set_major_formatter(plain)
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.set(
+            xlabel="elements in the word",
+            ylabel="rounds, one after another",
+            title="Depth that a product needs",
+        )
+        ax.legend(loc="upper left")
+    return figure
+
+
+def braid(group: Group, word: Sequence[int], shown: int | None = None) -> Figure:
+    """A word of permutations, played: every item's line from place to place.
+
+    Args:
+        group: a group of permutations.
+        word: indices of its elements.
+        shown: how many steps have been played; the rest stays covered. ``None``: all.
+
+    Raises:
+        ScanLMError: a group of residues, an empty word, or more steps than the word has.
+    """
+    if not isinstance(group.elements[0], tuple):
+        raise ScanLMError(f"{group.name} has no items to move: draw a group of permutations")
+    if not len(word) or not 0 <= (len(word) if shown is None else shown) <= len(word):
+        raise ScanLMError(f"shown={shown} of a word of {len(word)}: choose 0 to its length")
+    shown = len(word) if shown is None else shown
+    size = len(group.elements[0])
+    places = [list(range(size))]
+    for element in word[:shown]:
+        permutation: Any = group.elements[element]
+        places.append([permutation[p] for p in places[-1]])
+    t = np.linspace(0, 1, 30)
+    ease = t * t * (3 - 2 * t)
+    with style():
+        figure = new_figure(min(1.1 + 0.95 * len(word), 13), 0.5 * size + 1.5)
+        ax = figure.subplots()
+        for item in range(size):
+            color = ITEM_COLORS[item % len(ITEM_COLORS)]
+            for i in range(shown):
+                a, b = places[i][item], places[i + 1][item]
+                y = a + (b - a) * ease
+                ax.plot(i + t, y, color=PAPER, lw=6, solid_capstyle="butt", zorder=2)
+                ax.plot(i + t, y, color=color, lw=2.4, solid_capstyle="butt", zorder=2)
+            for i in range(shown + 1):
+                ax.plot(i, places[i][item], "o", ms=13, color=color, zorder=3)
+                ax.annotate(
+                    "abcde"[item],
+                    (i, places[i][item]),
+                    ha="center",
+                    va="center",
+                    color=PAPER,
+                    fontsize=8.5,
+                    fontweight="bold",
+                    zorder=4,
+                )
+        for i, element in enumerate(word):
+            images = "".join(str(x + 1) for x in group.elements[element])  # type: ignore[union-attr]
+            known = i < shown
+            ax.annotate(
+                images,
+                (i + 0.5, -0.85),
+                ha="center",
+                fontsize=8.5,
+                color=INK if known else MUTED,
+                annotation_clip=False,
+            )
+            if not known:
+                ax.annotate("?", (i + 1, (size - 1) / 2), ha="center", color=FAINT, fontsize=16)
+        ax.set_ylim(size - 0.5, -1.15)
+        ax.set_xlim(-0.4, len(word) + 0.4)
+        ax.set_yticks(range(size), [str(i + 1) for i in range(size)])
+        ax.set_xticks(range(len(word) + 1))
+        ax.set(xlabel="elements read", ylabel="place")
+        ax.grid(False)
+        ax.tick_params(length=0)
+        ax.set_title(f"A word of {group.name}: which item lies where?", pad=16)
+    return figure
+
+
+# Training
+
+
+def curriculum_curves(
+    metrics: pd.DataFrame, references: bool = True, source: str | None = None
+) -> Figure:
+    """Training loss and validation accuracy over the steps, with the stages' lengths.
+
+    Args:
+        metrics: with ``series``; runs of one series that differ in the seed are thin lines.
+        references: draw what a model loses that knows only the products of the stage before
+            (needs ``order``, the group's, in the frame).
+        source: caption.
+
+    Raises:
+        ScanLMError: the records have no losses by stage.
+    """
+    has_length = _column(metrics, "length").notna()
+    loss = metrics[(metrics["name"] == "loss") & has_length]
+    worst = metrics[
+        (metrics["name"] == "accuracy_last")
+        & has_length
+        & (_column(metrics, "split") == "validation")
+    ]
+    _need(metrics, "losses by stage", loss)
+    labels = _ordered(metrics["series"])
+    looks = _looks(labels)
+    with style():
+        figure = new_figure(9.4, 5.6)
+        top, bottom = figure.subplots(2, 1, sharex=True)
+        for ax, rows in ((top, loss), (bottom, worst)):
+            for label in labels:
+                look = looks[label]
+                for number, (_, run) in enumerate(rows[rows["series"] == label].groupby("run_id")):
+                    run = run.sort_values("step")
+                    ax.plot(
+                        run["step"],
+                        run["value"],
+                        color=look.color,
+                        ls=look.linestyle,
+                        lw=1.3,
+                        alpha=0.9,
+                        label=label if number == 0 else None,
+                    )
+        _stages(top, bottom, loss[loss["series"] == labels[0]], references)
+        top.set(ylabel="loss (nats per position)", title="The curriculum")
+        top.set_ylim(bottom=0)
+        bottom.set(xlabel="optimiser steps", ylabel="last position right", ylim=(-0.03, 1.03))
+        bottom.yaxis.set_major_formatter(PercentFormatter(1))
+        if len(labels) > 1:
+            bottom.legend(loc="lower left")
+        if source:
+            caption(figure, source)
+    return figure
+
+
+def _stages(top: Axes, bottom: Axes, loss: pd.DataFrame, references: bool) -> None:
+    """Stage borders of the first run, the lengths above them, and what chance would lose."""
+    run = loss[loss["run_id"] == loss["run_id"].iloc[0]]
+    ends = run.groupby("length")["step"].max().sort_index()
+    start, before = 0.0, 0
+    for length, end in ends.items():
+        for ax in (top, bottom):
+            if start:
+                ax.axvline(start, color=FAINT, lw=1, zorder=0)
+        top.annotate(
+            f"{length:g}",
+            ((start + end) / 2, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8.5,
+            color=MUTED,
+        )
+        if references and "order" in run:
+            unknown = (length - (before or 1)) / length  # type: ignore[operator]
+            level = unknown * np.log(run["order"].iloc[0])
+            top.plot([start, end], [level, level], color=MUTED, ls=(0, (4, 3)), lw=1.1, zorder=1)
+        start, before = end, length  # type: ignore[assignment]
+
+
+# Length
+
+
+def error_by_length(
+    metrics: pd.DataFrame,
+    trained_length: float | Mapping[str, float] | None = None,
+    name: str = "accuracy",
+    chance: float | None = None,
+    chunk_size: int = 1,
+    by: str = "series",
+    dtype: str | None = "float32",
+    title: str | None = None,
+    source: str | None = None,
+) -> Figure:
+    """Error against length: the headline.
+
+    A share of errors of exactly 0 lies at the lower edge, as a hollow point: the true one is
+    below 3 in the number of words measured.
+
+    Args:
+        metrics: with the column ``by``.
+        trained_length: lengths up to this one are shaded; one length for all, or the greatest of
+            them by series.
+        name: "accuracy" (all positions), "accuracy_last" or "accuracy_sequence".
+        chance: error of a guess among all elements, drawn as a line.
+        chunk_size: of the scan model, for the tree's depth on the upper axis.
+        by: column that tells series apart.
+        dtype: where several precisions were measured, which.
+        title: instead of the usual one.
+        source: caption.
+
+    Raises:
+        ScanLMError: the records have no such evaluation.
+    """
+    from scanlm.state_probe import prefix_depth
+
+    rows = evaluated(metrics, name, dtype)
+    rows = rows.assign(error=1 - rows["value"])
+    labels = _ordered(rows[by])
+    looks = _looks(labels)
+    positive = rows.loc[rows["error"] > 0, "error"]
+    floor = min(positive.min() / 2, 1e-4) if len(positive) else 1e-4
+    with style():
+        figure = new_figure(9.4, 5.0)
+        ax = figure.subplots()
+        longest = rows["length"].max()
+        if trained_length is not None:
+            reach = (
+                trained_length
+                if isinstance(trained_length, (int, float))
+                else max(trained_length.values())
+            )
+            ax.axvspan(rows["length"].min() * 0.9, reach, color=SHADE, lw=0, zorder=0)
+            ax.annotate(
+                "trained on",
+                (reach, 0.03),
+                xycoords=("data", "axes fraction"),
+                xytext=(-5, 0),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8.5,
+                color="#8A6D3B",
+            )
+        for label in labels:
+            look, part = looks[label], rows[rows[by] == label]
+            table = part.groupby("length")["error"].agg(["mean", "min", "max"])
+            x, y = table.index.to_numpy(float), table["mean"].to_numpy()
+            ax.plot(
+                x,
+                np.maximum(y, floor),
+                color=look.color,
+                ls=look.linestyle,
+                marker=look.marker,
+                ms=4.5,
+                label=f"{label} ({part['run_id'].nunique()} seeds)"
+                if part["run_id"].nunique() > 1
+                else label,
+            )
+            zero = y == 0
+            ax.plot(
+                x[zero],
+                np.full(zero.sum(), floor),
+                look.marker,
+                ms=4.5,
+                mfc=PAPER,
+                mec=look.color,
+                clip_on=False,
+                zorder=4,
+            )
+            low, high = table["min"], table["max"]
+            if part["run_id"].nunique() == 1 and {"low", "high"} <= set(part):
+                bounds = part.groupby("length")[["low", "high"]].mean()
+                low, high = 1 - bounds["high"], 1 - bounds["low"]
+            ax.fill_between(
+                x,
+                np.maximum(low, floor),
+                np.maximum(high, floor),
+                color=look.color,
+                alpha=0.14,
+                lw=0,
+            )
+        ax.axhline(0.01, color=MUTED, lw=0.9, ls=(0, (2, 3)), zorder=1)
+        if chance is not None:
+            ax.axhline(chance, color=MUTED, lw=1.0, ls=(0, (5, 3)), zorder=1)
+            ax.annotate(
+                "guessing",
+                (1.0, chance),
+                xycoords=("axes fraction", "data"),
+                xytext=(-3, 3),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8.5,
+                color=MUTED,
+            )
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xlim(rows["length"].min() * 0.9, longest * 1.1)
+        ax.set_ylim(floor, 1.6)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+        ax.yaxis.set_major_formatter(FuncFormatter(_percent))
+        ax.set(xlabel="length of the word", ylabel="share of errors")
+        ax.set_title(title or TITLES.get(name, name))
+        depth = ax.secondary_xaxis("top")
+        ticks = [t for t in ax.get_xticks() if rows["length"].min() <= t <= longest]
+        depth.set_xticks(
+            ticks, [str(prefix_depth(max(int(t) - 1, 0) // chunk_size)) for t in ticks]
+        )
+        depth.xaxis.set_minor_locator(NullLocator())
+        depth.set_xlabel("depth of the tree behind the last prefix", fontsize=8.5, color=MUTED)
+        depth.tick_params(labelsize=8, length=2)
+        depth.spines["top"].set_visible(False)
+        if len(labels) > 1:
+            ax.legend(loc="lower right")
+        if source:
+            caption(figure, source)
+    return figure
+
+
+def _percent(value: float, _: object = None) -> str:
+    return f"{100 * value:.4g} %"
+
+
+def reach_points(
+    reaches: pd.DataFrame, trained_length: float | None = None, source: str | None = None
+) -> Figure:
+    """The greatest length with 99 % of all positions right, one point a run.
+
+    Args:
+        reaches: rows with ``series`` and ``reach``.
+        trained_length: marked as a line.
+        source: caption.
+    """
+    order = reaches.groupby("series")["reach"].median().sort_values().index
+    looks = _looks(list(order))
+    with style():
+        figure = new_figure(7.8, 0.5 * len(order) + 1.4)
+        ax = figure.subplots()
+        for row, label in enumerate(order):
+            values = reaches.loc[reaches["series"] == label, "reach"].clip(lower=1)
+            look = looks[label]
+            ax.plot([1, values.median()], [row, row], color=look.color, lw=2, alpha=0.35)
+            ax.plot(values, [row] * len(values), look.marker, color=look.color, ms=8, alpha=0.75)
+            ax.annotate(
+                f"{values.median():,.0f}",
+                (values.max(), row),
+                xytext=(9, 0),
+                textcoords="offset points",
+                va="center",
+                color=MUTED,
+                fontsize=9,
+            )
+        if trained_length is not None:
+            ax.axvline(trained_length, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=0)
+            ax.annotate(
+                "trained on",
+                (trained_length, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(4, -2),
+                textcoords="offset points",
+                va="top",
+                fontsize=8.5,
+                color=MUTED,
+            )
+        ax.set_xscale("log", base=2)
+        ax.set_xlim(1, max(reaches["reach"].max(), trained_length or 1) * 2)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+        ax.set_yticks(range(len(order)), list(order))
+        ax.set_ylim(-0.6, len(order) - 0.3)
+        ax.tick_params(axis="y", length=0)
+        ax.grid(False, axis="y")
+        ax.grid(axis="x")
+        ax.set(xlabel="length", title="Reach: 99 % of all positions right up to this length")
+        if source:
+            caption(figure, source)
+    return figure
+
+
+def position_heatmap(
+    metrics: pd.DataFrame,
+    trained_length: float | None = None,
+    dtype: str | None = "float32",
+    source: str | None = None,
+) -> Figure:
+    """Accuracy by position, a row for each run; positions far out are averaged in bins.
+
+    Args:
+        metrics: with ``series``.
+        trained_length: marked as a line.
+        dtype: where several precisions were measured, which.
+        source: caption.
+
+    Raises:
+        ScanLMError: the records have no accuracy by position.
+    """
+    rows = metrics[(metrics["name"] == "accuracy") & _column(metrics, "position").notna()]
+    rows = _need(metrics, "accuracy by position", rows)
+    if dtype and "dtype" in rows and rows["dtype"].eq(dtype).any():
+        rows = rows[rows["dtype"] == dtype]
+    shared = rows.groupby("run_id")["length"].max()  # the same words for each position of a row
+    rows = rows[rows["length"] == rows["run_id"].map(shared)]
+    runs = []
+    for label in _ordered(rows["series"]):
+        for _, run in rows[rows["series"] == label].groupby("run_id"):
+            runs.append((label, run.sort_values("position")))
+    with style():
+        figure = new_figure(9.4, 0.42 * len(runs) + 1.7)
+        ax = figure.subplots()
+        norm = mpl.colors.Normalize(0, 1)
+        for row, (_, run) in enumerate(runs):
+            edges = np.concatenate([[0.5], run["position"].to_numpy(float) + 0.5])
+            mesh = ax.pcolormesh(
+                edges, [row - 0.45, row + 0.45], run["value"].to_numpy()[None], norm=norm
+            )
+        if trained_length is not None:
+            ax.axvline(trained_length + 0.5, color=INK, lw=1.2, ls=(0, (4, 3)))
+            ax.annotate(
+                "trained up to here",
+                (trained_length + 0.5, len(runs) - 0.5),
+                xytext=(4, 3),
+                textcoords="offset points",
+                fontsize=8.5,
+                color=MUTED,
+                annotation_clip=False,
+            )
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+        ax.set_ylim(len(runs) - 0.5, -0.5)
+        ax.invert_yaxis()
+        several = len({id_ for _, run in runs for id_ in run["seed"]}) > 1
+        names = [
+            f"{label}, seed {run['seed'].iloc[0]:g}" if several else label for label, run in runs
+        ]
+        ax.set_yticks(range(len(runs)), names)
+        ax.tick_params(axis="y", length=0)
+        ax.grid(False)
+        ax.set_xlabel("position in the word")
+        ax.set_title("Right answers by position", pad=22)
+        bar = figure.colorbar(mesh, ax=ax, format=PercentFormatter(1), pad=0.02)
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        if source:
+            caption(figure, source)
+    return figure
+
+
+# Depth: frames of state_probe.by_depth
+
+
+def _by_depth(ax: Axes, table: pd.DataFrame, name: str, look: FamilyStyle, label: str) -> None:
+    """Each prefix as a faint point, and the mean of each depth as a line."""
+    ax.plot(table["depth"], table[name], ".", color=look.color, ms=4, alpha=0.25, mew=0)
+    means = table.groupby("depth")[name].mean()
+    ax.plot(
+        means.index,
+        means,
+        color=look.color,
+        ls=look.linestyle,
+        marker=look.marker,
+        ms=5,
+        label=label,
+    )
+
+
+def _depth_axis(ax: Axes, deepest: float, trained_depth: int | None) -> None:
+    ax.set_xlabel("depth of the tree (T1 nodes on the longest way)")
+    ax.set_xlim(-0.4, deepest + 0.4)
+    ax.set_xticks(range(0, int(deepest) + 1, 1 if deepest <= 16 else 2))
+    if trained_depth is not None:
+        ax.axvspan(-0.4, trained_depth, color=SHADE, lw=0, zorder=0)
+
+
+def error_by_depth(
+    tables: Mapping[str, pd.DataFrame],
+    trained_depth: int | None = None,
+    source: str | None = None,
+) -> Figure:
+    """Errors of the answers, and of a linear probe, by depth of the tree.
+
+    Args:
+        tables: frames of ``state_probe.by_depth`` by label; with a single one the probe's and the
+            nearest leaf's errors are drawn too.
+        trained_depth: depths up to this one are shaded.
+        source: caption.
+    """
+    looks = _looks(list(tables))
+    with style():
+        figure = new_figure(8.2, 4.2)
+        ax = figure.subplots()
+        if len(tables) == 1:
+            ((_, table),) = tables.items()
+            kinds = {
+                "error": FamilyStyle("the model's answer", SCAN, "o"),
+                "probe_error": FamilyStyle("linear probe of the state", "#0072B2", "s"),
+                "nearest_error": FamilyStyle("nearest leaf", "#009E73", "^", "--"),
+            }
+            for name, look in kinds.items():
+                if name in table:
+                    _by_depth(ax, table, name, look, look.label)
+        else:
+            for label, table in tables.items():
+                _by_depth(ax, table, "error", looks[label], label)
+        _depth_axis(ax, max(t["depth"].max() for t in tables.values()), trained_depth)
+        ax.set_ylim(-0.03, 1.03)
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
+        ax.set(ylabel="share of errors", title="Error by depth of the tree")
+        ax.legend(loc="upper left")
+        if source:
+            caption(figure, source)
+    return figure
+
+
+def state_distance(
+    table: pd.DataFrame, trained_depth: int | None = None, source: str | None = None
+) -> Figure:
+    """How far the states lie from the leaves, by depth: a line that rises is drift.
+
+    Args:
+        table: of ``state_probe.by_depth``, of a model with one token a chunk.
+        trained_depth: depths up to this one are shaded.
+        source: caption.
+
+    Raises:
+        ScanLMError: a table without distances.
+    """
+    if "distance" not in table:
+        raise ScanLMError("no distances to leaves: they need a model with chunk_size=1")
+    with style():
+        figure = new_figure(8.2, 4.0)
+        ax = figure.subplots()
+        right = FamilyStyle("to the leaf of its product", "#0072B2", "s")
+        near = FamilyStyle("to the nearest leaf", SCAN, "o")
+        _by_depth(ax, table, "distance_right", right, right.label)
+        _by_depth(ax, table, "distance", near, near.label)
+        _depth_axis(ax, table["depth"].max(), trained_depth)
+        ax.axhline(1, color=MUTED, lw=1, ls=(0, (5, 3)))
+        ax.annotate(
+            "mean distance between two leaves",
+            (1.0, 1.0),
+            xycoords=("axes fraction", "data"),
+            xytext=(-3, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8.5,
+            color=MUTED,
+        )
+        ax.set_ylim(bottom=0)
+        ax.set(ylabel="distance", title="Distance of prefix states to the leaves")
+        ax.legend(loc="best")
+        if source:
+            caption(figure, source)
+    return figure
+
+
+def gain(table: pd.DataFrame, source: str | None = None) -> Figure:
+    """Gain of T1 by size of the error in its left operand; below 1 it repairs.
+
+    Args:
+        table: of ``state_probe.repair_gain``, optionally with ``series``.
+        source: caption.
+    """
+    parts = {"scan model": table}
+    if "series" in table:
+        parts = {label: table[table["series"] == label] for label in _ordered(table["series"])}
+    looks = _looks(list(parts))
+    with style():
+        figure = new_figure(7.4, 3.9)
+        ax = figure.subplots()
+        for label, part in parts.items():
+            groups = part.groupby("size")["gain"]
+            mean, low, high = groups.mean(), groups.quantile(0.1), groups.quantile(0.9)
+            look = looks[label]
+            ax.plot(
+                mean.index,
+                mean,
+                color=look.color,
+                ls=look.linestyle,
+                marker=look.marker,
+                ms=5,
+                label=label,
+            )
+            ax.fill_between(mean.index, low, high, color=look.color, alpha=0.14, lw=0)
+        ax.axhline(1, color=MUTED, lw=1, ls=(0, (5, 3)))
+        for text, offset in (("errors grow", 4), ("errors are repaired", -11)):
+            ax.annotate(
+                text,
+                (1.0, 1.0),
+                xycoords=("axes fraction", "data"),
+                xytext=(-3, offset),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8.5,
+                color=MUTED,
+            )
+        ax.set_xscale("log")
+        ax.set_ylim(bottom=0)
+        ax.xaxis.set_major_formatter(FuncFormatter(_percent))
+        ax.set(
+            xlabel="error in the left operand, as a share of its norm",
+            ylabel="what is left of it",
+            title="Does T1 repair its inputs?",
+        )
+        if len(parts) > 1:
+            ax.legend()
+        if source:
+            caption(figure, source)
+    return figure

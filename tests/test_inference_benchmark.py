@@ -9,10 +9,12 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 from scanlm.benchmarks import inference, timing
-from scanlm.benchmarks.inference import InferenceSettings, benchmark_inference, main
+from scanlm.benchmarks.inference import InferenceSettings, benchmark_inference
 from scanlm.benchmarks.subjects import SUBJECTS, Setting, Subject
+from scanlm.cli import app
 from scanlm.errors import ScanLMError
 from scanlm.plotting import inference as draw
 from scanlm.records import read_metrics, read_runs
@@ -262,22 +264,30 @@ def test_nothing_to_measure_is_refused() -> None:
         InferenceSettings(max_new_tokens=0)
 
 
-def test_the_command_measures_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def command(words: str) -> Any:
+    return CliRunner().invoke(app, ["benchmark", "inference", *words.split()])
+
+
+def test_the_command_measures_and_draws(tmp_path: Path) -> None:
     picture = tmp_path / "inference_speed.png"
-    main(
-        f"--size tiny --device cpu --models scanlm gpt2_dynamic --chunk-size 8 --prompt-len 3 "
-        f"--max-new-tokens 20 --root {tmp_path} --picture {picture}".split()
+    done = command(
+        f"--size tiny --device cpu --models scanlm,gpt2_dynamic --chunk-size 8 --prompt-len 3 "
+        f"--max-new-tokens 20 --positions 5,9 --steps 4 --root {tmp_path} --picture {picture}"
     )
-    assert "record:" in capsys.readouterr().out
+    assert done.exit_code == 0, done.output
+    assert "run: " in done.output
     assert picture.read_bytes()[:4] == b"\x89PNG"
     (record,) = tmp_path.rglob("run.json")
-    assert json.loads(record.read_text())["parameters"]["max_new_tokens"] == 20
+    parameters = json.loads(record.read_text())["parameters"]
+    assert parameters["max_new_tokens"] == 20
+    assert parameters["positions"] == [5, 9]
 
 
-def test_the_commands_mistakes_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["--size", "huge"])
-    assert str(caught.value).startswith("error: unknown size 'huge'.")
+def test_the_commands_mistakes_are_one_line() -> None:
+    done = command("--size huge")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("scanlm: unknown size 'huge'.")
+    assert done.stderr.count("\n") == 1
 
 
 # Figures

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from scanlm.benchmarks.failures import is_out_of_memory
 from scanlm.benchmarks.subjects import SIZES, SUBJECTS, Setting, Subject, no_leftovers
 from scanlm.benchmarks.timing import (
     affordable_steps,
@@ -249,7 +249,7 @@ def _measure(
     except Exception as error:
         if isinstance(error, ScanLMError | ModuleNotFoundError):
             name = "not_available"
-        elif _is_out_of_memory(error):
+        elif is_out_of_memory(error):
             name = "out_of_memory"
         else:
             raise
@@ -265,13 +265,6 @@ def _measure(
     run.log("measured", 1, **axes)
     median = next(value for name, value, _ in logged if name == "ms_per_token")
     report(f"{label}: {median:.4f} ms a token")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    words = ("out of memory", "can't allocate", "not enough memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
-    )
 
 
 Logged = tuple[str, float, dict[str, Any]]  # name, value, further axes
@@ -378,47 +371,3 @@ def summarize_run(metrics: Any) -> dict[str, Any]:
         f"{row.model}@{int(row.batch_size)}": float(row.value) for row in batches.itertuples()
     }
     return summary
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """``python -m scanlm.benchmarks.inference``."""
-    import argparse
-    import sys
-
-    parser = argparse.ArgumentParser(
-        prog="python -m scanlm.benchmarks.inference",
-        description="Time a token and memory against position, batch and chunk size.",
-        epilog="Example: %(prog)s --size tiny --device cpu --max-new-tokens 500",
-    )
-    numbers = {"type": int, "nargs": "*"}
-    defaults = InferenceSettings()
-    parser.add_argument("--size", help=f"one of {', '.join(SIZES)}")
-    parser.add_argument("--models", nargs="*", help=f"some of {', '.join(SUBJECTS)}")
-    parser.add_argument("--timeline-models", nargs="*", help="which of them run the timeline")
-    parser.add_argument("--device", help="cuda, cpu, ...")
-    parser.add_argument("--dtype", help=f"one of {', '.join(DTYPES)}")
-    for name in ("chunk-size", "batch-size", "prompt-len", "max-new-tokens", "steps", "seed"):
-        usual = getattr(defaults, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=int, help=f"default {usual}")
-    parser.add_argument("--batch-position", type=int, help="position of batches and chunk sizes")
-    parser.add_argument("--seconds", type=float, help="time limit of one measurement's tokens")
-    for name in ("positions", "batch-sizes", "chunk-sizes"):
-        parser.add_argument(f"--{name}", **numbers)  # type: ignore[arg-type]
-    parser.add_argument("--root", type=Path, help="folder of all runs")
-    parser.add_argument("--picture", type=Path, help="draw the timeline here")
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else str(v) if isinstance(v, Path) else v
-        for k, v in given.items()
-    }
-    try:
-        run = benchmark_inference(InferenceSettings(**values))
-    except ScanLMError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: what was measured is kept; the same command goes on")
-    print(f"record: {run.folder}")
-
-
-if __name__ == "__main__":
-    main()

@@ -78,6 +78,72 @@ def training(
     typer.echo(f"run: {run.folder}")
 
 
+@app.command()
+def inference(
+    size: Annotated[
+        str | None, typer.Option(help="tiny, original (256 wide, 2 + 2 blocks) or base.")
+    ] = None,
+    models: Annotated[
+        str | None, typer.Option(help="With commas between: scanlm,gpt2_graph,gpt2_dynamic.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    chunk_size: Annotated[int | None, typer.Option(help="Of the scan model: 64.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows: 1.")] = None,
+    prompt_len: Annotated[int | None, typer.Option(help="Tokens read first: 100.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens timed one by one: 10000; 0 for none.")
+    ] = None,
+    timeline_models: Annotated[
+        str | None, typer.Option(help="Which of the models write them; default all.")
+    ] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="Also after prompts of these lengths: 1000,131072.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Tokens timed at each of them: 256.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Time for them, about: 20.")] = None,
+    batch_sizes: Annotated[str | None, typer.Option(help="Throughput of these: 1,64.")] = None,
+    chunk_sizes: Annotated[str | None, typer.Option(help="Also with these: 16,256.")] = None,
+    batch_position: Annotated[
+        int | None, typer.Option(help="Where batch and chunk sizes are measured: 1000.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights and prompts: 42.")] = None,
+    root: Annotated[Path, typer.Option(help="Where the record is written.")] = Path("data/runs"),
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw the tokens' times: inference_speed.png.")
+    ] = None,
+) -> None:
+    """Time a token and memory against position, batch and chunk size.
+
+    Without options it is the original's benchmark: a prompt of 100 tokens, then 10,000 new ones,
+    each of them timed. An interrupted run keeps what it measured; the same command goes on.
+
+    \b
+    Example:
+      scanlm benchmark inference --picture inference_speed.png
+      scanlm benchmark inference --size tiny --device cpu --max-new-tokens 500
+      scanlm benchmark inference --size base --max-new-tokens 0 --positions 1000,40000,131072
+    """
+    from scanlm.benchmarks.inference import InferenceSettings, benchmark_inference
+
+    given: dict[str, Any] = {"size": size, "device": device, "dtype": dtype, "seed": seed}
+    given |= {"chunk_size": chunk_size, "batch_size": batch_size, "prompt_len": prompt_len}
+    given |= {"max_new_tokens": max_new_tokens, "steps": steps, "seconds": seconds}
+    given |= {"batch_position": batch_position, "root": str(root)}
+    given["picture"] = str(picture) if picture is not None else None
+    for name, text in (("models", models), ("timeline_models", timeline_models)):
+        given[name] = None if text is None else tuple(filter(None, text.split(",")))
+    given |= {"positions": _numbers("--positions", positions)}
+    given |= {"batch_sizes": _numbers("--batch-sizes", batch_sizes)}
+    given |= {"chunk_sizes": _numbers("--chunk-sizes", chunk_sizes)}
+    settings = InferenceSettings(**{k: v for k, v in given.items() if v is not None})
+    try:
+        run = benchmark_inference(settings, typer.echo)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("what was measured is kept; the same command goes on") from None
+    typer.echo(f"run: {run.folder}")
+
+
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     """``64,32`` as numbers."""
     if text is None:

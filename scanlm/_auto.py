@@ -19,6 +19,11 @@ from typing import Any
 _AFTER_IMPORT = {
     "transformers.models.auto.configuration_auto": "scanlm.config",
     "transformers.models.auto.modeling_auto": "scanlm.model",
+    # what scanlm.model needs and what itself loads modeling_auto: the last one done brings it
+    "transformers.generation.utils": "scanlm.model",
+    "transformers.modeling_layers": "scanlm.model",
+    "transformers.modeling_utils": "scanlm.model",
+    "scanlm.gpt2": "scanlm.model",
 }
 
 
@@ -42,19 +47,32 @@ class _AfterImport(MetaPathFinder):
 
         def execute_and_register(module: Any) -> None:
             execute(module)
-            # when scanlm.gpt2 is what loads transformers, scanlm.model has to wait for it
-            gpt2 = sys.modules.get("scanlm.gpt2")
-            if not getattr(getattr(gpt2, "__spec__", None), "_initializing", False):
+            if ours != "scanlm.model" or _ready(fullname):
                 import_module(ours)
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
+def _ready(finished: str) -> bool:
+    """Whether scanlm.model can be imported: modeling_auto is there, and nothing is half imported.
+
+    Args:
+        finished: the module that was just executed.
+    """
+    if "transformers.models.auto.modeling_auto" not in sys.modules:
+        return False
+    return not any(_initializing(name) for name in _AFTER_IMPORT if name != finished)
+
+
+def _initializing(name: str) -> bool:
+    return getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False)
+
+
 def register_with_transformers() -> None:
     """Register ScanLM now for what is imported already, later for what is not."""
     for theirs, ours in _AFTER_IMPORT.items():
-        if theirs in sys.modules:
+        if theirs in sys.modules and (ours != "scanlm.model" or _ready(theirs)):
             import_module(ours)
     if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())

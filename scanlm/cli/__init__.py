@@ -322,6 +322,25 @@ def export(
         typer.echo(export_run(folder, results))
 
 
+@app.command()
+def report(
+    document: Annotated[
+        Path, typer.Argument(help="Markdown with the two markers of results.")
+    ] = Path("README.md"),
+    results: Annotated[Path, typer.Option(help="Exported records.")] = Path("data/results"),
+) -> None:
+    """Make the README's tables from exported records.
+
+    \b
+    Example:
+      scanlm report
+    """
+    from scanlm.report import update_document
+
+    changed = update_document(document, results)
+    typer.echo(f"{document}: {'updated' if changed else 'up to date'}")
+
+
 @app.command(
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

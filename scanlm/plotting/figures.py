@@ -220,9 +220,9 @@ def _cost_by_chunk_size(_: Records) -> Figure:
     return cost.flops_by_part(pd.DataFrame(rows).T)
 
 
-def _state_bytes(records: Records) -> Figure:
-    metrics, caption = records.metrics("inference")
-    return cost.state_bytes(metrics, source=caption)
+def _state_bytes(metrics: pd.DataFrame, source: str | None = None) -> Figure:
+    one_row = metrics[metrics["part"] == "positions"]  # not the batches
+    return cost.state_bytes(one_row, source=source)
 
 
 def _inference(draw: Callable[..., Figure], size: str = "base") -> Callable[[Records], Figure]:
@@ -260,7 +260,7 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "comparison": _comparison(comparison.cost_curves),
     "comparison_final": _comparison(comparison.final_values),
     "comparison_positions": _comparison(partial(training.loss_by_position, window=16)),
-    "state_bytes": _state_bytes,
+    "state_bytes": _inference(_state_bytes),
     "inference_speed": _inference(inference.timeline, "original"),
     "inference_positions_original": _inference(inference.time_by_position, "original"),
     "inference_positions": _inference(inference.time_by_position),

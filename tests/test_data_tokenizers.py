@@ -47,6 +47,7 @@ TRICKY = st.lists(
 @given(TRICKY, st.integers(1, 9), st.integers(1, 30))
 @example("a  <|endoftext|>", 1, 30)
 @example("a  <|endoftext|>  b", 1, 3)
+@example("a  <|endoftext|>aa", 2, 3)
 @example("a\x1c \x1cb", 1, 30)
 def test_the_ids_of_the_parts_are_the_ids_of_the_whole(bpe, text, size, step):
     pieces = ((text[i : i + step], 0.0) for i in range(0, len(text), step))

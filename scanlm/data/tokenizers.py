@@ -95,7 +95,8 @@ def safe_pieces(
         if held_size < wanted + lookahead:
             continue
         text, start = "".join(held), 0
-        while match := cut.search(text, start + size, len(text) - lookahead):
+        # not search's endpos: it would hide an added token that crosses it
+        while (match := cut.search(text, start + size)) and match.end() + lookahead <= len(text):
             yield text[start : match.start()], done
             start = match.start()
         held, held_size = [text[start:]], len(text) - start

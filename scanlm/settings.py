@@ -27,6 +27,9 @@ class TrainingSettings(BaseModel):
     corpus: str = "wikitext-103"  # name or path, see scanlm.data.load_corpus
     tokenizer: str | None = None  # None: the corpus' default
     seq_len: int = Field(default=512, ge=1)  # tokens a block; blocks are independent
+    # a block goes on from the state of the one before it in its stream (scanlm.streams)
+    carry_state: bool = False
+    reset_every: int | None = Field(default=None, ge=1)  # blocks; None: where the stream ends
     batch_size: int = Field(default=64, ge=1)  # blocks an optimiser step, over all ranks and parts
     gradient_accumulation: int = Field(default=1, ge=1)  # parts that a step's batch is cut into
     steps: int = Field(default=62900, ge=1)  # optimiser steps
@@ -62,6 +65,10 @@ class TrainingSettings(BaseModel):
             raise ValueError(
                 f"batch_size={self.batch_size} is not divisible by gradient_accumulation="
                 f"{self.gradient_accumulation}: batch_size counts all parts of a step"
+            )
+        if self.reset_every is not None and not self.carry_state:
+            raise ValueError(
+                f"reset_every={self.reset_every} needs carry_state=true: blocks are independent"
             )
         return self
 

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer
 
 from scanlm.data import Blocks
+from scanlm.streams import CarriedState, StreamedBlocks
 
 SAVING = ".saving"
 
@@ -71,7 +72,7 @@ class ExactTrainer(Trainer):
         score: evaluates the model and logs; returns the validation loss.
         record: called with ``(name, value)`` pairs of an interval: loss, grad_norm, learning_rate.
         keep: complete checkpoints to keep, the best besides.
-        kwargs: of ``Trainer``.
+        kwargs: of ``Trainer``; with ``StreamedBlocks`` as the data states are carried.
     """
 
     def __init__(
@@ -85,6 +86,15 @@ class ExactTrainer(Trainer):
         self.score, self.record, self.keep = score, record, keep
         # blocks are full, so parts of a batch weigh the same and the Trainer averages their means
         self.model_accepts_loss_kwargs = False
+        self.carried: CarriedState | None = None
+        if isinstance(self.train_dataset, StreamedBlocks):
+            self.carried = CarriedState(
+                self.model,
+                self.train_dataset,
+                self.args.gradient_accumulation_steps,
+                self.args.process_index,
+                self.args.world_size,
+            )
         forward = inspect.signature(kwargs["model"].forward).parameters
         self.extra = {"return_logits": False} if "return_logits" in forward else {}
         self.first_bad = torch.full((), -1, dtype=torch.long, device=self.args.device)
@@ -100,8 +110,13 @@ class ExactTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Mean over the tokens of a part of the batch, nats."""
+        done = self.state.global_step
+        if self.carried is not None:
+            inputs = {**inputs, "past_key_values": self.carried.take(done)}
         loss: Tensor = model(**inputs, **self.extra).loss
-        step = self.state.global_step + 1
+        if self.carried is not None:
+            self.carried.cut()
+        step = done + 1
         new = (self.first_bad < 0) & ~torch.isfinite(loss.detach())
         self.first_bad = torch.where(new, step, self.first_bad)
         return loss
@@ -148,6 +163,8 @@ class ExactTrainer(Trainer):
             shutil.rmtree(root / SAVING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
+        if self.carried is not None:
+            self.carried.save(root / SAVING / name)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             if (root / name).exists():  # saved by a run that is being continued from before it
@@ -156,6 +173,12 @@ class ExactTrainer(Trainer):
             shutil.rmtree(root / SAVING)
             self._drop_old_checkpoints(root)
         self.accelerator.wait_for_everyone()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # called when the weights are loaded and before the first step
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self.carried is not None:
+            self.carried.load(Path(checkpoint))
 
     def _drop_old_checkpoints(self, root: Path) -> None:
         steps = saved_steps(root)

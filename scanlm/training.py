@@ -40,8 +40,15 @@ from scanlm.errors import ScanLMError
 from scanlm.flops import training_flops
 from scanlm.progress import Progress
 from scanlm.records import Run, read_metrics
-from scanlm.scoring import Evaluation, NotFinite, check_context, evaluate_blocks
+from scanlm.scoring import (
+    Evaluation,
+    NotFinite,
+    check_context,
+    context_limit,
+    evaluate_blocks,
+)
 from scanlm.settings import PRESETS, TrainingSettings, resolve_settings
+from scanlm.streams import StreamedBlocks
 from scanlm.trainer import Diverged, ExactTrainer, OrderedBlocks, saved_steps
 
 PADDED_VOCABULARY = 128  # a model may round its vocabulary up to such multiples
@@ -76,8 +83,8 @@ def train(
     set_seed(settings.seed)
     model = _build(settings, tokens.vocab_size) if model is None else model
     _set_dropout(model, settings.dropout)
-    _check(settings, model, tokens)
     blocks = Blocks(tokens["train"].tokens, settings.seq_len)
+    _check(settings, model, tokens, blocks)
     precision = resolve_precision(settings.precision)
     parameters = _parameters(settings, model, tokens, precision)
     name = Path(settings.model).stem if settings.model.endswith((".yaml", ".yml")) else None
@@ -144,7 +151,7 @@ class _Session:
             keep=s.keep_checkpoints,
             model=self.model,
             args=arguments,
-            train_dataset=OrderedBlocks(blocks, s.seed, s.steps * s.batch_size),
+            train_dataset=_ordered(s, blocks),
             data_collator=default_data_collator,
             processing_class=self.tokens.tokenizer,  # saved with every checkpoint
             callbacks=[_Schedule(s, self.display)],
@@ -394,7 +401,32 @@ def _set_dropout(model: Any, rate: float | None) -> None:
                 setattr(module, name, rate)
 
 
-def _check(settings: TrainingSettings, model: Any, tokens: TokenizedCorpus) -> None:
+def _ordered(s: TrainingSettings, blocks: Blocks) -> OrderedBlocks | StreamedBlocks:
+    """The blocks of the whole run in training order."""
+    if s.carry_state:
+        return StreamedBlocks(blocks, s.batch_size, s.steps * s.batch_size, s.reset_every)
+    return OrderedBlocks(blocks, s.seed, s.steps * s.batch_size)
+
+
+def _check_streams(settings: TrainingSettings, model: Any, blocks: Blocks) -> None:
+    """Refuse what cannot be trained with carried states."""
+    if model.config.model_type != "scanlm":
+        raise ScanLMError(
+            f"carry_state=true: a model of type {model.config.model_type!r} has no state that is "
+            "carried over blocks here; only scan models have"
+        )
+    streams = _ordered(settings, blocks)
+    assert isinstance(streams, StreamedBlocks)
+    limit, reached = context_limit(model), min(streams.span, settings.steps) * settings.seq_len
+    if limit is not None and reached > limit:
+        raise ScanLMError(
+            f"carry_state=true reads {reached:,} tokens from one state, but absolute positions end "
+            f"at {limit:,}: set config.position_embedding=chunk, or reset_every="
+            f"{max(limit // settings.seq_len, 1)}"
+        )
+
+
+def _check(settings: TrainingSettings, model: Any, tokens: TokenizedCorpus, blocks: Blocks) -> None:
     """Refuse what cannot train before anything is written."""
     size, corpus = int(model.config.vocab_size), tokens.vocab_size
     if not corpus <= size <= -(-corpus // PADDED_VOCABULARY) * PADDED_VOCABULARY:
@@ -404,6 +436,8 @@ def _check(settings: TrainingSettings, model: Any, tokens: TokenizedCorpus) -> N
             "another tokenizer"
         )
     check_context(model, settings.seq_len)
+    if settings.carry_state:
+        _check_streams(settings, model, blocks)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.batch_size % (settings.gradient_accumulation * ranks):
         raise ScanLMError(

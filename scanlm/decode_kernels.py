@@ -29,12 +29,14 @@ from torch import Tensor, nn
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from scanlm.decode_step import Buffers, Rows, TorchStep
+from scanlm.sampling import Sampling
 
 VECTOR_TILE = 8192  # weights a program of the vector path reads at once
 VECTOR_WARPS = 4
 BLOCK_N, BLOCK_K = 32, 128  # of the matrix path
 PROGRAMS = 144  # how many programs a product should have: a few more than there are processors
 FILL_ROWS = 1024  # above so many rows of prefixes plain matrix products are faster
+VOCABULARY_BLOCK = 1024  # logits that one program compares
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")
 
 
@@ -352,6 +354,50 @@ def prefix_kernel(
     tl.store(target + dims[None, :], out.to(out_ptr.dtype.element_ty), asked)
 
 
+@triton.jit
+def best_part_kernel(
+    logits_ptr,
+    value_ptr,
+    token_ptr,
+    V: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The greatest logit of one row among some tokens."""
+    part, row = tl.program_id(0), tl.program_id(1)
+    tokens = part * BLOCK + tl.arange(0, BLOCK)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    logits = tl.load(logits_ptr + row * V + tokens, tokens < V, float("-inf"))
+    value, place = tl.max(logits, 0, return_indices=True)
+    tl.store(value_ptr + row * PARTS + part, value)
+    tl.store(token_ptr + row * PARTS + part, part * BLOCK + place)
+
+
+@triton.jit
+def best_kernel(
+    value_ptr,
+    part_token_ptr,
+    token_ptr,
+    position_ptr,
+    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The token of one row's greatest logit, the first of equals; counts the token fed."""
+    row = tl.program_id(0)
+    parts = tl.arange(0, TILE)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    values = tl.load(value_ptr + row * PARTS + parts, parts < PARTS, float("-inf"))
+    _, place = tl.max(values, 0, return_indices=True)
+    tl.store(token_ptr + row, tl.load(part_token_ptr + row * PARTS + place).to(tl.int64))
+    tl.store(position_ptr + row, tl.load(position_ptr + row) + 1)
+
+
 class FusedStep(TorchStep):
     """``TorchStep`` with the kernels above, for models that ``fits`` accepts."""
 
@@ -370,6 +416,9 @@ class FusedStep(TorchStep):
         ]
         self.refresh()
         self.work = self._workspace(self.batch)
+        self.parts = triton.cdiv(config.vocab_size, VOCABULARY_BLOCK)
+        self.best = buffers.logits.new_empty(self.batch, self.parts)
+        self.best_token = buffers.token.new_empty(self.batch, self.parts)
         filled = self.batch * config.chunk_size
         self.fill_work = self._workspace(filled) if filled <= FILL_ROWS else None
 
@@ -426,6 +475,33 @@ class FusedStep(TorchStep):
             parts = self._blocks(work, self._window)
             self._norm(work, parts, self.model.t2.h[-1].mlp.c_proj.bias, self.model.t2.ln_f)
             self._matrix(work["normed"], self.model.lm_head.weight, None, s.logits)
+
+    def advance(self, sampling: Sampling) -> None:
+        """See ``TorchStep.advance``."""
+        if sampling.temperature > 0:
+            super().advance(sampling)
+            return
+        s = self.buffers
+        best_part_kernel[(self.parts, self.batch)](
+            s.logits,
+            self.best,
+            self.best_token,
+            V=s.logits.shape[1],
+            PARTS=self.parts,
+            BLOCK=VOCABULARY_BLOCK,
+            num_warps=4,
+            **self._launch(),
+        )
+        best_kernel[(self.batch,)](
+            self.best,
+            self.best_token,
+            s.token,
+            s.position,
+            PARTS=self.parts,
+            TILE=triton.next_power_of_2(self.parts),
+            num_warps=1,
+            **self._launch(),
+        )
 
     def fill(self, prefix: Tensor, rows: Rows) -> None:
         """See ``TorchStep.fill``."""

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scanlm.sampling import Sampling
+
 Rows = slice | Tensor
 
 
@@ -98,6 +100,12 @@ class TorchStep:
             x = x + block.attn.c_proj(out.flatten(1))
             x = x + block.mlp.c_proj(self.act(block.mlp.c_fc(block.ln_2(x))))
         s.logits.copy_(model.lm_head(model.t2.ln_f(x)))
+
+    def advance(self, sampling: Sampling) -> None:
+        """Choose the next token from the logits and count the one fed."""
+        s = self.buffers
+        s.token.copy_(sampling.choose(s.logits))
+        s.position.add_(1)
 
     def fill(self, prefix: Tensor, rows: Rows) -> None:
         """Put the prefix ``(n, c, d)`` of some rows into T2's window.

@@ -206,10 +206,8 @@ class Decoder:
             self.step_module.fill(prefix, rows)
 
     def _step_and_choose(self) -> None:
-        s = self.buffers
         self.step_module.step()
-        s.token.copy_(self.sampling.choose(s.logits))
-        s.position.add_(1)
+        self.step_module.advance(self.sampling)
 
     # Graphs
 

@@ -109,7 +109,7 @@ def test_a_decoder_starts_over_without_remains(make_model: Make, make_ids: Make)
 
 
 @pytest.mark.parametrize("prompt", [1, 3, 4, 8, 30])
-@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("batch", [1, 5, 256])
 def test_stream_gives_the_tokens_of_generate(
     make_model: Make, make_ids: Make, batch: int, prompt: int
 ) -> None:
@@ -117,6 +117,23 @@ def test_stream_gives_the_tokens_of_generate(
     expected = model.generate(ids, max_new_tokens=25, do_sample=False)[:, prompt:]
     tokens = list(model.stream(ids, max_new_tokens=25))
     assert torch.equal(torch.stack(tokens, dim=1), expected)
+
+
+def test_a_prompt_is_read_in_few_calls(make_model: Make, make_ids: Make) -> None:
+    """T1 in batches, level by level; T2 over nothing but the last chunk."""
+    model, calls = make_model(position_embedding="chunk"), {"t1": [], "t2": []}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(
+            lambda m, inputs, out, seen=seen: seen.append([tuple(w.shape[:2]) for w in inputs[0]])
+        )
+        for name, seen in calls.items()
+    ]
+    next(model.stream(make_ids(1, 4 * 256 + 3)))
+    for hook in hooks:
+        hook.remove()
+    assert calls["t2"] == [[(1, 4 + 3)]]
+    assert len(calls["t1"]) <= 2 * 8
+    assert sum(n for call in calls["t1"] for n, _ in call) <= 2 * 256
 
 
 def test_stream_of_rows_of_different_lengths(make_model: Make, make_ids: Make) -> None:

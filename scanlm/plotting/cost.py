@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
 from scanlm.errors import ScanLMError
 from scanlm.plotting.style import (
@@ -122,7 +122,7 @@ def state_bytes(metrics: pd.DataFrame, source: str | None = None) -> Figure:
             ax.plot(values.index, values, color=look.color, ls=look.linestyle, label=look.label)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         ax.yaxis.set_major_formatter(EngFormatter(unit="B"))
         ax.set(xlabel="tokens read", ylabel="state of one sequence")
         ax.set_title("What has to be kept to go on")

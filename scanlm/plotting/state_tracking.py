@@ -477,12 +477,13 @@ def reach_points(
         figure = new_figure(7.8, 0.5 * len(order) + 1.4)
         ax = figure.subplots()
         for row, label in enumerate(order):
-            values = reaches.loc[reaches["series"] == label, "reach"].clip(lower=1)
+            found = reaches.loc[reaches["series"] == label, "reach"]
+            values = found.clip(lower=1)  # a reach of 0 has no place on a logarithmic axis
             look = looks[label]
             ax.plot([1, values.median()], [row, row], color=look.color, lw=2, alpha=0.35)
             ax.plot(values, [row] * len(values), look.marker, color=look.color, ms=8, alpha=0.75)
             ax.annotate(
-                f"{values.median():,.0f}",
+                f"{found.median():,.0f}",
                 (values.max(), row),
                 xytext=(9, 0),
                 textcoords="offset points",

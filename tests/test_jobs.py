@@ -1,0 +1,94 @@
+"""The jobs files of the S5 runs: what issue and README promise is in them and can be built."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from scanlm.baselines import build_model
+from scanlm.curriculum import _read_jobs
+from scanlm.curriculum_settings import StateTrackingSettings, preset_settings
+from scanlm.curriculum_step import build_model as build
+
+FOLDER = Path(__file__).parent.parent / "notebooks" / "jobs" / "04_s5_state_tracking"
+FILES = sorted(FOLDER.glob("*.yaml"))
+
+
+def jobs(name: str) -> list[StateTrackingSettings]:
+    return _read_jobs(FOLDER / f"{name}.yaml")
+
+
+def tokens(settings: StateTrackingSettings) -> int:
+    return sum(stage.max_steps * stage.batch * stage.length for stage in settings.stages)
+
+
+def without_seed(settings: StateTrackingSettings) -> str:
+    return settings.model_copy(update={"seed": 0}).model_dump_json()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_run_is_listed_twice(path: Path) -> None:
+    listed = Counter(settings.model_dump_json() for settings in _read_jobs(path))
+    assert listed
+    assert set(listed.values()) == {1}
+
+
+def test_the_scan_model_runs_with_five_seeds() -> None:
+    listed = jobs("scan")
+    assert [settings.seed for settings in listed] == [0, 1, 2, 3, 4]
+    assert {without_seed(s) for s in listed} == {without_seed(preset_settings("paper"))}
+
+
+def test_all_baselines_run_with_three_seeds_on_the_same_tokens() -> None:
+    listed = jobs("baselines")
+    kinds = Counter((s.model, s.config.get("allow_neg_eigval")) for s in listed)
+    assert kinds == {
+        ("gpt2_small_wikitext103_nodrop", None): 3,
+        ("gla_170M_baseline", None): 3,
+        ("gated_deltanet_170M_baseline", True): 3,
+        ("gated_deltanet_170M_baseline", False): 3,
+        ("mamba2_130M", None): 3,
+        ("window_gpt2_small", None): 3,
+    }
+    assert len({tokens(s) for s in listed}) == 1
+    assert all(stage.threshold is None for s in listed for stage in s.stages)
+
+
+def test_the_search_covers_every_baseline() -> None:
+    searched = Counter(
+        (s.model, s.config.get("allow_neg_eigval")) for s in jobs("baselines_search")
+    )
+    wanted = {(s.model, s.config.get("allow_neg_eigval")) for s in jobs("baselines")}
+    assert set(searched) == wanted
+    assert set(searched.values()) == {6}  # three rates under two curricula
+
+
+def test_baselines_build_at_sizes_near_gpt2s() -> None:
+    sizes = {}
+    for settings in jobs("baselines"):
+        model = build_model(settings.model, vocab_size=120, device="meta", **settings.config)
+        sizes[settings.model] = sum(p.numel() for p in model.parameters())
+    gpt2 = sizes["gpt2_small_wikitext103_nodrop"]
+    assert all(0.9 < size / gpt2 < 1.15 for size in sizes.values()), sizes
+
+
+def test_every_ablation_differs_from_the_recipe_and_has_three_seeds() -> None:
+    listed = jobs("ablations")
+    kinds = Counter(without_seed(s) for s in listed)
+    assert set(kinds.values()) == {3}
+    assert without_seed(preset_settings("paper")) not in kinds
+    assert without_seed(preset_settings("original")) in kinds
+    scan = [s for s in listed if s.seed == 0]
+    assert {s.stages[-1].length for s in scan} == {8, 16, 32}
+    assert {s.stages[0].length for s in scan} == {2, 3, 4}
+    assert {s.config["chunk_size"] for s in scan} == {1, 2, 4}
+    assert {s.config["t1_layers"] for s in scan} == {1, 2}
+    assert {stage.dropout for s in scan for stage in s.stages[:1]} == {0.0, 0.1}
+
+
+def test_every_ablation_builds() -> None:
+    narrow = {"n_embd": 12, "n_head": 2}
+    for settings in jobs("ablations"):
+        if settings.seed == 0:
+            config = settings.config | narrow
+            build(settings.model_copy(update={"config": config}))

@@ -1,0 +1,242 @@
+"""Figures of state tracking, tested by what they hold."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import to_hex
+
+from scanlm.errors import ScanLMError
+from scanlm.groups import get_group
+from scanlm.plotting import state_tracking as draw
+from scanlm.plotting.style import FAMILIES
+
+LENGTHS = [4, 8, 16, 32, 64]
+
+
+def evaluations(**models: list[float]) -> pd.DataFrame:
+    """Test accuracies of some models by length, two seeds each, in two precisions."""
+    rows = []
+    for model, values in models.items():
+        for seed in (0, 1):
+            for dtype, less in (("float32", 0.0), ("bfloat16", 0.05)):
+                run = {"run_id": f"{model}{seed}", "series": LABELS[model], "seed": seed}
+                run |= {"split": "test", "dtype": dtype, "step": 100}
+                for length, value in zip(LENGTHS, values, strict=True):
+                    shown = max(value - 0.01 * seed * (value < 1) - less, 0)
+                    rows.append({**run, "name": "accuracy", "length": length, "value": shown})
+                for position in (1, 2, 3, 8, 64):
+                    more = {"length": 64, "position": position, "value": values[0]}
+                    rows.append({**run, "name": "accuracy", **more})
+    return pd.DataFrame(rows)
+
+
+LABELS = {"gpt2": "GPT-2", "scan": "scan model"}
+METRICS = evaluations(gpt2=[1.0, 0.9, 0.5, 0.3, 0.2], scan=[1.0, 1.0, 1.0, 0.99, 0.9])
+
+
+def line(ax: Any, label: str) -> Any:
+    return next(found for found in ax.lines if str(found.get_label()).startswith(label))
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "label"),
+    [
+        ("scan", {"chunk_size": 1}, "scan model"),
+        ("gpt2_tiny", {}, "GPT-2"),
+        ("window_gpt2_small", {}, "GPT-2, window"),
+        ("gla_170M_baseline", {}, "GLA"),
+        ("gated_deltanet_tiny", {}, "Gated DeltaNet"),
+        (
+            "gated_deltanet_tiny",
+            {"allow_neg_eigval": True},
+            "Gated DeltaNet, negative eigenvalues",
+        ),
+        ("mamba2_130M", {}, "Mamba-2"),
+        ("mine", {}, "mine"),
+    ],
+)
+def test_labels(model: str, config: dict[str, Any], label: str) -> None:
+    assert draw.run_label(model, {"config": config}) == label
+
+
+def test_series_take_their_familys_color_in_one_order() -> None:
+    labels = [*(f.label for f in list(FAMILIES.values())[1:]), "scan model", "chunks of 2"]
+    labels += [f"Gated DeltaNet, {sign} eigenvalues" for sign in ("negative", "positive")]
+    looks = draw._looks(labels)
+    assert looks["scan model"].color == FAMILIES["scanlm"].color
+    assert looks["GPT-2, window"] == FAMILIES["window_gpt2"]
+    negative, positive = (looks[x] for x in labels[-2:])
+    assert negative.color == positive.color == FAMILIES["gated_deltanet"].color
+    assert negative.linestyle != positive.linestyle
+    assert looks["chunks of 2"].color not in {f.color for f in FAMILIES.values()}
+
+
+# Words by hand
+
+
+def test_a_braid_moves_every_item_as_its_permutation_says() -> None:
+    group = get_group("S3")
+    swap, cycle = group.elements.index((1, 0, 2)), group.elements.index((1, 2, 0))
+    (ax,) = draw.braid(group, [swap, cycle]).axes
+    letters = {(x.get_text(), *x.xy) for x in ax.texts if x.get_text() in "abc"}
+    # a: place 0 -> 1 -> 2, b: 1 -> 0 -> 1, c: 2 -> 2 -> 0
+    after = {("a", 2, 2), ("b", 2, 1), ("c", 2, 0)}
+    assert after <= letters
+    assert {("a", 1, 1), ("b", 1, 0), ("c", 1, 2)} <= letters
+    assert [x.get_text() for x in ax.texts if len(x.get_text()) == 3] == ["213", "231"]
+
+
+def test_a_braid_hides_what_is_not_played_yet() -> None:
+    (ax,) = draw.braid(get_group("S3"), [1, 2, 3], shown=1).axes
+    assert [t.get_text() for t in ax.texts].count("?") == 2
+    assert sum(t.get_text() == "a" for t in ax.texts) == 2
+
+
+@pytest.mark.parametrize(
+    ("group", "word", "shown", "message"),
+    [
+        ("Z60", [1], None, "Z60 has no items to move"),
+        ("S3", [], None, "a word of 0"),
+        ("S3", [1, 2], 3, "shown=3 of a word of 2"),
+    ],
+)
+def test_a_braid_refuses(group: str, word: list[int], shown: int | None, message: str) -> None:
+    with pytest.raises(ScanLMError, match=message):
+        draw.braid(get_group(group), word, shown)
+
+
+def test_depth_of_a_tree_crosses_a_fixed_network() -> None:
+    (ax,) = draw.circuit_depth(length=4096, layers=4).axes
+    tree = line(ax, "a tree")
+    depth = dict(zip(tree.get_xdata(), tree.get_ydata(), strict=True))
+    assert depth[4096] == 12
+    assert line(ax, "one after another").get_ydata()[-1] == 4095
+    assert set(line(ax, "4 layers").get_ydata()) == {4}
+
+
+# Length
+
+
+def test_error_by_length_draws_one_precision_and_the_mean_of_seeds() -> None:
+    figure = draw.error_by_length(METRICS, trained_length=8, chance=5 / 6)
+    ax = figure.axes[0]
+    gpt2 = line(ax, "GPT-2 (2 seeds)")
+    assert list(gpt2.get_xdata()) == LENGTHS
+    assert gpt2.get_ydata()[1] == pytest.approx(0.105)
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+    words = [t.get_text() for t in ax.texts]
+    assert words == ["trained on", "guessing"]
+    assert ax.get_legend_handles_labels()[1][0].startswith("scan model")
+    bf16 = draw.error_by_length(METRICS, dtype="bfloat16").axes[0]
+    assert line(bf16, "GPT-2").get_ydata()[1] == pytest.approx(0.155)
+
+
+def test_no_errors_are_drawn_at_the_edge_as_hollow_points() -> None:
+    ax = draw.error_by_length(METRICS).axes[0]
+    floor = ax.get_ylim()[0]
+    hollow = [
+        x for x in ax.lines if to_hex(x.get_markerfacecolor()) == "#ffffff" and len(x.get_xdata())
+    ]
+    drawn = {(x, y) for h in hollow for x, y in zip(h.get_xdata(), h.get_ydata(), strict=True)}
+    assert drawn == {(4, floor), (8, floor), (16, floor)}
+    assert all(found.get_ydata().min() >= floor for found in hollow)
+
+
+def test_the_upper_axis_counts_levels_of_the_tree() -> None:
+    figure = draw.error_by_length(METRICS)
+    figure.draw_without_rendering()
+    (upper,) = figure.axes[0].child_axes
+    depths = dict(
+        zip(upper.get_xticks(), [t.get_text() for t in upper.get_xticklabels()], strict=True)
+    )
+    assert depths[4] == "2"  # prefix of three leaves: ((x0 x1) x2)
+    assert depths[64] == "10"  # 63 = 32 + 16 + 8 + 4 + 2 + 1: five levels, five folds
+
+
+def test_what_is_not_in_the_records_is_named() -> None:
+    with pytest.raises(ScanLMError, match=r"no 'accuracy_last' by length.*metrics are: accuracy"):
+        draw.error_by_length(METRICS, name="accuracy_last")
+    with pytest.raises(ScanLMError, match="no losses by stage"):
+        draw.curriculum_curves(METRICS)
+    with pytest.raises(ScanLMError, match="no accuracy by position"):
+        draw.position_heatmap(METRICS.drop(columns="position"))
+
+
+def test_the_heat_map_has_a_row_for_each_run() -> None:
+    ax = draw.position_heatmap(METRICS, trained_length=8).axes[0]
+    names = [t.get_text() for t in ax.get_yticklabels()]
+    assert names == ["scan model, seed 0", "scan model, seed 1", "GPT-2, seed 0", "GPT-2, seed 1"]
+    meshes = [c for c in ax.collections if isinstance(c, QuadMesh)]
+    assert len(meshes) == 4
+    assert meshes[0].get_array().size == 5
+
+
+def test_reach_is_ordered_by_the_median() -> None:
+    rows = [("GPT-2", 16), ("GPT-2", 24), ("scan model", 180), ("scan model", 1024), ("GLA", 0)]
+    reaches = pd.DataFrame(rows, columns=["series", "reach"])
+    ax = draw.reach_points(reaches, trained_length=16).axes[0]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["GLA", "GPT-2", "scan model"]
+    assert [t.get_text() for t in ax.texts] == ["0", "20", "602", "trained on"]
+
+
+# Training
+
+
+def test_curricula_show_stages_and_what_a_guess_beyond_the_last_stage_loses() -> None:
+    rows = []
+    for step in range(1, 21):
+        length = 2 if step <= 8 else 3
+        row = {"run_id": "a", "series": "scan model", "seed": 0, "step": step, "length": length}
+        rows.append({**row, "name": "loss", "split": "train", "value": 1.0, "order": 6})
+        rows.append(
+            {**row, "name": "accuracy_last", "split": "validation", "value": 0.5, "order": 6}
+        )
+    top, bottom = draw.curriculum_curves(pd.DataFrame(rows)).axes
+    assert [t.get_text() for t in top.texts] == ["2", "3"]
+    levels = [x.get_ydata()[0] for x in top.lines if len(x.get_xdata()) == 2]
+    assert np.log(6) / 2 in levels  # one of two positions unknown
+    assert pytest.approx(np.log(6) / 3) in levels  # one of three
+    assert len(line(bottom, "scan model").get_xdata()) == 20
+
+
+# Depth
+
+DEPTHS = pd.DataFrame(
+    {
+        "position": [2, 3, 4, 5],
+        "chunks": [1, 2, 3, 4],
+        "depth": [0, 1, 2, 2],
+        "error": [0.0, 0.0, 0.2, 0.4],
+        "probe_error": [0.0, 0.1, 0.1, 0.1],
+        "nearest_error": [0.0, 0.0, 0.0, 0.5],
+        "distance": [0.0, 0.1, 0.2, 0.3],
+        "distance_right": [0.0, 0.1, 0.2, 0.6],
+    }
+)
+
+
+def test_errors_by_depth_are_means_over_the_prefixes_of_a_depth() -> None:
+    ax = draw.error_by_depth({"scan model": DEPTHS}, trained_depth=1).axes[0]
+    assert list(line(ax, "the model's answer").get_ydata()) == pytest.approx([0, 0, 0.3])
+    assert line(ax, "nearest leaf").get_ydata()[2] == pytest.approx(0.25)
+    several = draw.error_by_depth({"a": DEPTHS, "b": DEPTHS}).axes[0]
+    assert [t.get_text() for t in several.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_distances_need_leaves() -> None:
+    ax = draw.state_distance(DEPTHS).axes[0]
+    assert line(ax, "to the leaf").get_ydata()[2] == pytest.approx(0.4)
+    with pytest.raises(ScanLMError, match="chunk_size=1"):
+        draw.state_distance(DEPTHS.drop(columns=["distance", "distance_right"]))
+
+
+def test_gain_is_the_mean_over_prefixes() -> None:
+    table = pd.DataFrame({"size": [0.1, 0.1, 1.0], "chunks": [1, 2, 1], "gain": [0.2, 0.4, 1.5]})
+    ax = draw.gain(table).axes[0]
+    assert list(line(ax, "scan model").get_ydata()) == pytest.approx([0.3, 1.5])

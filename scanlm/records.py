@@ -247,8 +247,8 @@ def read_runs(*paths: str | Path) -> pd.DataFrame:
 def read_metrics(*paths: str | Path) -> pd.DataFrame:
     """One row a metric: ``run_id, experiment, model, seed, name, value`` and the metrics' axes.
 
-    A metric's own ``model``, ``seed`` or other axis wins over its run's; ``chunk_size`` and the
-    like are filled in from the run's parameters where the metric does not have them.
+    A metric's own ``model``, ``seed`` or other axis wins over its run's; ``corpus`` and the scan
+    model's ``chunk_size`` are filled in from the run's parameters.
     """
     import pandas as pd
 
@@ -257,10 +257,13 @@ def read_metrics(*paths: str | Path) -> pd.DataFrame:
         identity = {name: record.get(name) for name in _IDENTITY}
         parameters = record.get("parameters") or {}
         config = parameters.get("config") or {}
-        for name in ("chunk_size", "corpus"):
-            value = parameters.get(name, config.get(name))
-            if value is not None:
-                identity[name] = value
+        if "corpus" in parameters:
+            identity["corpus"] = parameters["corpus"]
+        # other models have chunks too (Mamba2), but of another kind
+        chunked = config.get("model_type", "scanlm") == "scanlm"
+        chunk_size = parameters.get("chunk_size", config.get("chunk_size") if chunked else None)
+        if chunk_size is not None:
+            identity["chunk_size"] = chunk_size
         for metric in record["metrics"]:
             values = {key: value for key, value in metric.items() if key != "value_text"}
             rows.append({**identity, **values, "value": _decode(metric)})

@@ -35,6 +35,10 @@ def test_round_trip(tmp_path: Path) -> None:
     metrics = read_metrics(tmp_path)
     assert list(metrics["value"]) == [2.5, 2.0]
     assert list(metrics["chunk_size"]) == [4, 64]  # the run's, unless the metric has its own
+    parameters = {"config": {"model_type": "mamba2", "chunk_size": 256}}  # another kind of chunk
+    other = Run.create("embedded", "mamba2_tiny", parameters, 0, root=tmp_path / "other")
+    other.log("loss", 2.0, step=1)
+    assert "chunk_size" not in read_metrics(other.folder)
     assert set(metrics["run_id"]) == {run.run_id}
     row = read_runs(tmp_path).iloc[0]
     assert (row["status"], row["seed"], row["summary.loss"]) == ("finished", 0, 2.0)

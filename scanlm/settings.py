@@ -47,6 +47,7 @@ class TrainingSettings(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     tf32: bool = False  # fp32 products in TF32 on a GPU
     compile: bool = False  # torch.compile
+    fsdp: bool = False  # several ranks share weights, gradients and moments out; else DDP
     eval_every: int = Field(default=1000, ge=1)  # steps
     eval_tokens: int | None = Field(default=None, ge=2)  # on the way; the end scores all tokens
     log_every: int = Field(default=50, ge=1)  # steps
@@ -66,6 +67,10 @@ class TrainingSettings(BaseModel):
                 f"batch_size={self.batch_size} is not divisible by gradient_accumulation="
                 f"{self.gradient_accumulation}: batch_size counts all parts of a step"
             )
+        if self.fsdp:
+            for name in ("compile", "carry_state"):
+                if getattr(self, name):
+                    raise ValueError(f"fsdp=true and {name}=true do not go together: choose one")
         if self.reset_every is not None and not self.carry_state:
             raise ValueError(
                 f"reset_every={self.reset_every} needs carry_state=true: blocks are independent"

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer
 
@@ -155,8 +156,8 @@ class ExactTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         self.check_finite()
         unwrapped = self.accelerator.unwrap_model(model)
-        finite = torch.stack([torch.isfinite(p.detach()).all() for p in unwrapped.parameters()])
-        if not bool(finite.all()):
+        finite = torch.stack([_finite(p) for p in unwrapped.parameters()]).all()
+        if not bool(self.accelerator.gather(finite.reshape(1)).all()):
             raise Diverged(self.state.global_step, "a weight")
         root, name = Path(str(self.args.output_dir)), f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
@@ -185,6 +186,12 @@ class ExactTrainer(Trainer):
         for step in steps[: -self.keep]:
             if step != self.state.best_global_step:
                 shutil.rmtree(root / f"checkpoint-{step}")
+
+
+def _finite(parameter: Tensor) -> Tensor:
+    """Whether all of a parameter, or of this rank's part of it, is finite."""
+    values = parameter.detach()
+    return torch.isfinite(values.to_local() if isinstance(values, DTensor) else values).all()
 
 
 def decayed_parameters(model: nn.Module) -> list[str]:

@@ -7,6 +7,7 @@ from its last checkpoint, and the metrics after it are measured again.
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import math
 import os
@@ -39,7 +40,7 @@ from scanlm.data.token_files import default_tokenizer
 from scanlm.errors import ScanLMError
 from scanlm.flops import training_flops
 from scanlm.progress import Progress
-from scanlm.records import Run, read_metrics
+from scanlm.records import SUMMARY_FILE, Run, read_metrics, run_id
 from scanlm.scoring import (
     Evaluation,
     NotFinite,
@@ -80,6 +81,8 @@ def train(
     tokens = corpus or prepare(
         settings.corpus, settings.tokenizer, settings.cache_dir, ("train", "validation")
     )
+    if os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true":  # accelerate launch --use_fsdp
+        settings = settings.model_copy(update={"fsdp": True})
     set_seed(settings.seed)
     model = _build(settings, tokens.vocab_size) if model is None else model
     _set_dropout(model, settings.dropout)
@@ -100,16 +103,22 @@ def train(
             return run
         writer, folder = run, run.folder
     else:
-        from scanlm.records import run_id
-
         identity = run_id(name or settings.model, parameters, settings.seed)
         folder = Path(settings.root) / experiment / identity
+        if (folder / SUMMARY_FILE).is_file():
+            return Run.open(folder)
     session = _Session(settings, model, tokens, writer, folder, precision, progress)
     try:
         session.train(blocks)
+        _leave_together(session)
     except BaseException as error:
         if writer is not None:
             writer.fail(_status(error), str(error) or type(error).__name__)
+        if _lost_rank(error):
+            raise ScanLMError(
+                f"rank {rank}: another rank of this job has ended, so this one ends too; the same "
+                "command goes on from the last checkpoint"
+            ) from error
         if isinstance(error, Diverged):
             raise ScanLMError(f"training diverged: {error} (record: {folder})") from error
         raise
@@ -145,7 +154,13 @@ class _Session:
         if s.compile:
             compile_model(self.model)
         arguments = training_arguments(s, self.folder, self.precision)
-        self.trainer = ExactTrainer(
+        kind: type[ExactTrainer] = ExactTrainer
+        if s.fsdp:
+            from scanlm.sharding import ShardedTrainer, shard
+
+            kind = ShardedTrainer
+            shard(self.model, arguments.device)
+        self.trainer = kind(
             score=self._score,
             record=self._record,
             keep=s.keep_checkpoints,
@@ -444,6 +459,11 @@ def _check(settings: TrainingSettings, model: Any, tokens: TokenizedCorpus, bloc
             f"batch_size={settings.batch_size} is not divisible by gradient_accumulation="
             f"{settings.gradient_accumulation} times {ranks} ranks"
         )
+    if settings.fsdp and ranks == 1:
+        raise ScanLMError(
+            "fsdp=true shares the model out over several ranks and there is one: start it with "
+            "torchrun --nproc-per-node 2 -m scanlm train ..."
+        )
     chunk = int(getattr(model.config, "chunk_size", 0))
     if model.config.model_type == "scanlm" and settings.seq_len <= chunk:
         warnings.warn(
@@ -531,9 +551,26 @@ def equivalent_command(settings: TrainingSettings) -> str:
 
 
 def _status(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt) or _lost_rank(error):
         return "interrupted"
     return "diverged" if isinstance(error, Diverged) else "failed"
+
+
+def _leave_together(session: _Session) -> None:
+    """No rank ends while another one still talks to it, nor with its connections open."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        session.trainer.accelerator.wait_for_everyone()
+        atexit.unregister(torch.distributed.destroy_process_group)
+        atexit.register(torch.distributed.destroy_process_group)
+
+
+def _lost_rank(error: BaseException) -> bool:
+    """Whether a collective operation failed since another process is gone."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    gone = ("connection closed by peer", "connection reset by peer", "broken pipe")
+    text = str(error).lower()  # gloo's errors have no class of their own
+    return isinstance(error, RuntimeError) and any(words in text for words in gone)
 
 
 def _result_line(summary: dict[str, Any]) -> str:

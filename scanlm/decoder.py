@@ -11,6 +11,7 @@ counter, fewer than two on average), so it queues graphs of one combine and of o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -26,6 +27,7 @@ from scanlm.sampling import Sampling
 from scanlm.scan import OnlineScan
 
 EVERY_ROW = slice(None)
+AGREEMENT = 0.1  # relative: bfloat16 rounds to 0.01, a wrong kernel is off by about 1
 
 
 @dataclass
@@ -48,7 +50,8 @@ class Decoder:
         batch_size: rows.
         sampling: how tokens are chosen.
         graphs: capture CUDA graphs; default on a GPU.
-        fused: use the Triton kernels of ``scanlm.decode_kernels``; default where they can run.
+        fused: use the Triton kernels of ``scanlm.decode_kernels``; default where they can run and
+            agree with torch, which is tried once.
 
     Attributes:
         groups: rows of equal length, with their counters and lengths.
@@ -73,18 +76,65 @@ class Decoder:
         self.model, self.batch_size = model, batch_size
         self.sampling = sampling or Sampling()
         self.buffers = Buffers.allocate(model, batch_size)
-        on_gpu = self.buffers.token.is_cuda
-        self.step_module = self._make_step(
-            on_gpu and _kernels_fit(model) if fused is None else fused
-        )
         self.groups: list[_Group] = []
-        self._combine: Callable[[Tensor, Tensor], Tensor] = model.aggregate
-        self._fill_all = lambda: self.step_module.fill(self.buffers.prefix, EVERY_ROW)
-        self._step = self._step_and_choose
-        if on_gpu if graphs is None else graphs:
-            self._capture_all()
+        # capturing and trying out draw random numbers that are not the user's
+        devices = [self.buffers.token.device] if self.buffers.token.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            self._choose_step(graphs, fused)
         self.key = (batch_size, self.sampling, _addresses(model))
         self.load(model.new_cache())
+
+    def _choose_step(self, graphs: bool | None, fused: bool | None) -> None:
+        wanted = _kernels_fit(self.model) if fused is None else fused
+        self.step_module = self._make_step(wanted)
+        if fused is not None or not wanted:
+            self._prepare(graphs)
+            return
+        reason = "they do not agree with torch"
+        try:
+            self._prepare(graphs)
+            if self._agrees():
+                return
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # triton's compiler has many of its own
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        warnings.warn(
+            f"the Triton kernels cannot be used here ({reason}): decoding goes on without them, "
+            "slower; another version of triton may help",
+            stacklevel=3,
+        )
+        self.step_module = TorchStep(self.model, self.buffers)
+        self._prepare(graphs)
+
+    def _prepare(self, graphs: bool | None) -> None:
+        """What a step, a filling and a combine are: plain calls, or graphs of them."""
+        self._combine: Callable[[Tensor, Tensor], Tensor] = self.model.aggregate
+        self._fill_all = lambda: self.step_module.fill(self.buffers.prefix, EVERY_ROW)
+        self._step = self._step_and_choose
+        if self.buffers.token.is_cuda if graphs is None else graphs:
+            self._capture_all()
+
+    def _agrees(self) -> bool:
+        """Whether a new prefix and two tokens give the logits of plain torch.
+
+        Kernels are only as good as the compiler that made them; a wrong one would go unnoticed.
+        """
+        plain = TorchStep(self.model, Buffers.allocate(self.model, self.batch_size))
+        prefix = torch.randn_like(self.buffers.prefix)
+        for s in (self.buffers, plain.buffers):
+            s.prefix.copy_(prefix)
+            s.position.fill_(prefix.shape[1])
+        self._fill_all()
+        plain.fill(prefix, EVERY_ROW)
+        for token in (0, 1):
+            self.buffers.token.fill_(token)
+            plain.buffers.token.fill_(token)
+            self._step()
+            plain.step()
+            plain.buffers.position.add_(1)
+        difference = (self.buffers.logits - plain.buffers.logits).norm()
+        return bool(difference <= AGREEMENT * plain.buffers.logits.norm())
 
     def _make_step(self, fused: bool) -> TorchStep:
         if not fused:

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from scanlm import ScanCache, ScanLMError
+from scanlm import decoder as decoder_module
+from scanlm.decode_step import TorchStep
 from scanlm.decoder import Decoder
 from scanlm.sampling import Sampling
 
@@ -101,6 +104,50 @@ def test_a_decoder_starts_over_without_remains(make_model: Make, make_ids: Make)
     for tokens in make_ids(1, 31, seed=1).unbind(1):
         decoder.feed(tokens)
     decoder.load(model.new_cache())
+    fed = torch.stack([decoder.feed(t) for t in ids.unbind(1)], dim=1)
+    torch.testing.assert_close(fed, model(ids).logits, **EXACT)
+
+
+class WrongStep(TorchStep):
+    """Stands for kernels that a compiler got wrong."""
+
+    def fill(self, prefix: Tensor, rows: Any) -> None:
+        super().fill(-prefix, rows)
+
+
+class BrokenStep(TorchStep):
+    """Stands for kernels that a compiler refuses."""
+
+    def fill(self, prefix: Tensor, rows: Any) -> None:
+        raise RuntimeError("no such instruction\non this device")
+
+
+RightStep = type("RightStep", (TorchStep,), {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (RightStep, None),
+        (WrongStep, "they do not agree with torch"),
+        (BrokenStep, r"\(RuntimeError: no such instruction\)"),
+    ],
+)
+def test_kernels_that_do_not_work_are_not_used(
+    make_model: Make,
+    make_ids: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[TorchStep],
+    message: str | None,
+) -> None:
+    model, ids = make_model(), make_ids(2, 11)
+    monkeypatch.setattr(decoder_module, "_kernels_fit", lambda model: True)
+    monkeypatch.setattr(Decoder, "_make_step", lambda self, fused: kind(model, self.buffers))
+    random_state = torch.get_rng_state()
+    with pytest.warns(UserWarning, match=message) if message else nullcontext():
+        decoder = Decoder(model, 2)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert type(decoder.step_module) is (TorchStep if message else kind)
     fed = torch.stack([decoder.feed(t) for t in ids.unbind(1)], dim=1)
     torch.testing.assert_close(fed, model(ids).logits, **EXACT)
 

@@ -15,6 +15,8 @@ from scanlm.sampling import Sampling
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+# a decoder that goes on without its kernels is no success here
+pytestmark = pytest.mark.filterwarnings("error:the Triton kernels")
 VOCAB = 1000
 SHAPES: list[dict[str, Any]] = [
     {},

@@ -153,6 +153,7 @@ class Scan(Subject):
     def make(self) -> None:
         """Allocate and capture."""
         self.decoder = Decoder(self.model, self.setting.batch_size)
+        self.note = f"steps by {type(self.decoder.step_module).__name__}"
 
     def prefill(self, prompt: Tensor) -> None:
         """Blelloch over the prompt; the counter's states are read from the tree."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ from scanlm.benchmarks.training import TrainingSpeedSettings, benchmark_training
 from scanlm.benchmarks.training_step import TrainingStep, Work, build, flops_per_token
 from scanlm.cli import app
 from scanlm.errors import ScanLMError
+from scanlm.plotting import speed
 from scanlm.records import Run, export, read_metrics
 
 CPU = torch.device("cpu")
@@ -235,3 +237,54 @@ def test_the_command(tmp_path: Path) -> None:
     assert list(tmp_path.glob("training_speed/*/summary.json"))
     result = CliRunner().invoke(app, ["benchmark", "training", "--seq-lens", "1k"])
     assert result.exit_code == 1
+
+
+# What is drawn
+
+
+def speeds() -> pd.DataFrame:
+    rows = []
+    for model, mode, compiled, chunk, factor in (
+        ("scanlm_base_c64", "blelloch", "yes", 64, 3),
+        ("gpt2_small", "fused_loss", "yes", None, 4),
+        ("gpt2_small", "transformers", "no", None, 1),
+        ("scanlm_base_c128", "blelloch", "yes", 128, 5),
+    ):
+        for length in (512, 1024) if chunk != 128 else (512,):
+            axes = {"model": model, "mode": mode, "compiled": compiled, "chunk_size": chunk}
+            axes |= {"part": "step", "length": length, "run_id": "r"}
+            rows.append({**axes, "name": "tokens_per_second", "value": 1e5 * factor * 512 / length})
+            rows.append({**axes, "name": "peak_memory_bytes", "value": 1e9 * factor})
+    rows.append({**rows[0], "part": "trainer", "value": 1.0})
+    return pd.DataFrame(rows)
+
+
+def test_bars_are_of_bare_steps_at_the_first_length() -> None:
+    (ax,) = speed.by_model(speeds(), source="from a test").axes
+    assert [patch.get_width() for patch in ax.patches] == [1e5, 3e5, 4e5, 5e5]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "gpt2_small, not compiled",
+        "scanlm_base_c64",
+        "gpt2_small, fused loss",
+        "scanlm_base_c128",
+    ]
+
+
+def test_lines_over_length_and_chunk_size() -> None:
+    (ax,) = speed.by_length(speeds()).axes
+    drawn = {str(line.get_label()): list(line.get_ydata()) for line in ax.lines}
+    assert drawn["scanlm_base_c64"] == [3e5, 1.5e5]
+    assert "scanlm_base_c128" not in drawn
+    (memory,) = speed.by_length(speeds(), "peak_memory_bytes").axes
+    assert {max(line.get_ydata()) for line in memory.lines} == {1e9, 3e9, 4e9}
+    (chunks,) = speed.by_chunk_size(speeds()).axes
+    assert list(chunks.lines[0].get_xdata()) == [64, 128]
+    assert list(chunks.lines[0].get_ydata()) == [3e5, 5e5]
+
+
+def test_records_of_another_kind_are_refused() -> None:
+    with pytest.raises(ScanLMError, match="no part"):
+        speed.by_model(speeds().drop(columns="part"))
+    short = speeds()
+    with pytest.raises(ScanLMError, match="one sequence length only"):
+        speed.by_length(short[short["length"] == 512])

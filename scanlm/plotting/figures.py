@@ -14,7 +14,16 @@ from matplotlib.figure import Figure
 
 from scanlm import trees
 from scanlm.errors import ScanLMError, nearest
-from scanlm.plotting import comparison, cost, inference, scan, training
+from scanlm.plotting import (
+    comparison,
+    cost,
+    inference,
+    scan,
+    speed,
+    state_records,
+    state_tracking,
+    training,
+)
 from scanlm.plotting.architecture import architecture
 from scanlm.plotting.style import style
 
@@ -159,9 +168,20 @@ def _comparison(draw: Callable[..., Figure]) -> Callable[[Records], Figure]:
     return make
 
 
-def _speed(records: Records) -> Figure:
-    metrics, caption = records.metrics("training_speed")
-    return training.throughput(metrics, source=caption)
+def _speed(draw: Callable[..., Figure]) -> Callable[[Records], Figure]:
+    """Of the last run that has what the figure needs."""
+
+    def make(records: Records) -> Figure:
+        runs = records.runs("training_speed").sort_values("started", ascending=False)
+        for place in range(len(runs)):
+            metrics, caption = records.metrics("training_speed", runs.iloc[place : place + 1])
+            try:
+                return draw(metrics, source=caption)
+            except ScanLMError:
+                continue
+        raise NoRecords("no run of training_speed has these measurements")
+
+    return make
 
 
 def _small_models() -> tuple[Any, Any, Any]:
@@ -240,6 +260,41 @@ def _inference(draw: Callable[..., Figure], size: str = "base") -> Callable[[Rec
     return make
 
 
+def _s5(draw: Callable[..., Figure], *roles: str) -> Callable[[Records], Figure]:
+    """A figure of the S5 runs of some roles, see ``state_records``; the lengths shaded are the
+    recipe's."""
+
+    def make(records: Records) -> Figure:
+        runs = state_records.sort_runs(records.runs("s5"))
+        recipe = runs[runs["role"] == "recipe"]
+        chosen = runs[runs["role"].isin(roles)]
+        if recipe.empty or not set(roles) <= set(chosen["role"]):
+            raise NoRecords(f"no runs of every role of {', '.join(roles)} in the records of s5")
+        metrics, caption = records.metrics("s5", chosen)
+        metrics = metrics.assign(series=metrics["run_id"].map(chosen.set_index("run_id")["series"]))
+        trained = recipe["parameters"].iloc[0]["stages"][-1]["length"]
+        return draw(metrics, trained, chosen, caption)
+
+    return make
+
+
+def _s5_reach(_: Any, trained: float, runs: pd.DataFrame, caption: str) -> Figure:
+    return state_tracking.reach_points(runs, trained, source=caption)
+
+
+def _s5_error(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
+    chance = 1 - 1 / 120
+    return state_tracking.error_by_length(metrics, trained, chance=chance, source=caption)
+
+
+def _s5_positions(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
+    return state_tracking.position_heatmap(metrics, trained, source=caption)
+
+
+def _s5_curriculum(metrics: pd.DataFrame, _trained: float, _: Any, caption: str) -> Figure:
+    return state_tracking.curriculum_curves(metrics.assign(order=120), source=caption)
+
+
 FIGURES: dict[str, Callable[[Records], Figure]] = {
     "architecture": lambda _: architecture(),
     "scan_tree": lambda _: scan.tree(trees.scan_trace(8)),
@@ -255,7 +310,10 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "loss_enwiki2019": _loss("enwiki2019"),
     "chunk_sizes": _chunk_sizes,
     "cost_by_chunk_size": _cost_by_chunk_size,
-    "training_speed": _speed,
+    "training_speed": _speed(speed.by_model),
+    "training_speed_by_length": _speed(speed.by_length),
+    "training_memory_by_length": _speed(partial(speed.by_length, name="peak_memory_bytes")),
+    "training_speed_by_chunk_size": _speed(speed.by_chunk_size),
     "reading_the_past": lambda _: comparison.reading_the_past(),
     "comparison": _comparison(comparison.cost_curves),
     "comparison_final": _comparison(comparison.final_values),
@@ -269,6 +327,12 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "inference_borders": _inference(inference.borders),
     "inference_chunk_sizes": _inference(inference.chunk_sizes),
     "inference_throughput": _inference(inference.throughput),
+    "s5_error_by_length": _s5(_s5_error, "recipe", "baseline"),
+    "s5_reach": _s5(_s5_reach, "recipe", "baseline"),
+    "s5_positions": _s5(_s5_positions, "recipe", "baseline"),
+    "s5_curriculum": _s5(_s5_curriculum, "recipe"),
+    "s5_ablations": _s5(_s5_reach, "recipe", "ablation"),
+    "circuit_depth": lambda _: state_tracking.circuit_depth(),
 }
 
 

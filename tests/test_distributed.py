@@ -45,7 +45,10 @@ if os.environ["RANK"] == "1" and os.environ.get("DIES"):
     ExactTrainer.compute_loss = dies
 app(sys.argv[1:])
 """
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+TORCHRUN = [
+    *[sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"],
+    *["--monitor-interval", "2"],  # so that a rank has time to say why it ends
+]
 
 
 @pytest.fixture(scope="module")

@@ -134,7 +134,7 @@ def evaluated(
 # The task
 
 
-def circuit_depth(length: int = 4096, layers: int = 12, composed: int = 2) -> Figure:
+def circuit_depth(length: int = 65536, layers: int = 12, composed: int = 2) -> Figure:
     """Rounds of composing that different machines spend on the product of n elements.
 
     Args:
@@ -156,7 +156,7 @@ def circuit_depth(length: int = 4096, layers: int = 12, composed: int = 2) -> Fi
         ax.set_ylim(0, length)
         plain = FuncFormatter(lambda v, _: f"{v:g}")
         ax.xaxis.set_major_formatter(plain)
-        ax.set_yticks([0, 4, 8, 16, 64, 256, 1024, length])
+        ax.set_yticks([0, 4, 8, 12, 16, *(4**k for k in range(3, 9) if 4**k <= length)])
         ax.yaxis.set_major_formatter(plain)
         ax.yaxis.set_minor_locator(NullLocator())
         ax.set(
@@ -416,6 +416,7 @@ def error_by_length(
                 x,
                 np.maximum(low, floor),
                 np.maximum(high, floor),
+                where=~zero,  # the interval of no error at all would cover everything
                 color=look.color,
                 alpha=0.14,
                 lw=0,
@@ -451,7 +452,7 @@ def error_by_length(
         depth.tick_params(labelsize=8, length=2)
         depth.spines["top"].set_visible(False)
         if len(labels) > 1:
-            ax.legend(loc="lower right")
+            ax.legend(loc="best")
         if source:
             caption(figure, source)
     return figure
@@ -557,7 +558,7 @@ def position_heatmap(
             ax.axvline(trained_length + 0.5, color=INK, lw=1.2, ls=(0, (4, 3)))
             ax.annotate(
                 "trained up to here",
-                (trained_length + 0.5, len(runs) - 0.5),
+                (trained_length + 0.5, -0.5),
                 xytext=(4, 3),
                 textcoords="offset points",
                 fontsize=8.5,
@@ -565,9 +566,8 @@ def position_heatmap(
                 annotation_clip=False,
             )
         ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else ""))
         ax.set_ylim(len(runs) - 0.5, -0.5)
-        ax.invert_yaxis()
         several = len({id_ for _, run in runs for id_ in run["seed"]}) > 1
         names = [
             f"{label}, seed {run['seed'].iloc[0]:g}" if several else label for label, run in runs

@@ -1,0 +1,95 @@
+"""Which recorded state-tracking runs belong together: the recipe, its baselines, its ablations.
+
+Runs that differ in the seed only are a *set*. The recipe is the scan model's set with most seeds;
+a baseline is, of each model and configuration, the set with most seeds and then the least error;
+every other set of the scan model is an ablation, named by what differs from the recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from scanlm.plotting.state_tracking import run_label
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+IGNORED = ("eval_", "compile_from_length", "log_every", "validation_sequences")
+
+
+def _training(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the trained weights, flat: ``config.x``, and the stages' columns."""
+    flat: dict[str, Any] = {}
+    for name, value in parameters.items():
+        if name == "config":
+            flat |= {f"config.{k}": v for k, v in (value or {}).items()}
+        elif name == "stages":
+            for field in ("length", "lr", "dropout", "max_steps", "batch_size", "threshold"):
+                flat[f"stages.{field}"] = [stage.get(field) for stage in value]
+        elif not name.startswith(IGNORED):
+            flat[name] = value
+    return flat
+
+
+def _text(name: str, value: Any) -> str:
+    field = name.rpartition(".")[2]
+    if name == "stages.length":
+        return f"lengths {value[0]} to {value[-1]}"
+    if name == "stages.dropout":
+        used = sorted({v for v in value if v})
+        where = "all stages" if len(used) == 1 and all(value) else "late"
+        return f"dropout {used[-1]:g}, {where}" if used else "no dropout"
+    if name == "stages.lr":
+        return f"last lr {value[-1]:g}"
+    if name == "stages.max_steps":
+        return f"last stage {value[-1]:,} steps"
+    if isinstance(value, bool):
+        return f"{field}" if value else f"no {field}"
+    return f"{field} {value}"
+
+
+def difference(recipe: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What a run does unlike the recipe, in a few words."""
+    a, b = _training(recipe), _training(other)
+    names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
+    if "stages.length" in names:  # other stages have other columns throughout
+        names = [n for n in names if not n.startswith("stages.") or n == "stages.length"]
+    if "stories" in names and b.get("stories"):
+        return "the original's setting"
+    return "; ".join(_text(name, b.get(name)) for name in names[:3])
+
+
+def sort_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs with the columns ``role`` ("recipe", "baseline", "ablation") and ``series``.
+
+    Runs of no role (those of a search that were not chosen) are left out.
+    """
+    keys = [
+        repr((run["model"], sorted(_training(run["parameters"]).items(), key=str)))
+        for _, run in runs.iterrows()
+    ]
+    # for baselines: the model with its configuration, whatever the rates
+    kinds = [run_label(run["model"], run["parameters"]) for _, run in runs.iterrows()]
+    reach = [max((r or {"": 0}).values(), default=0) for r in runs["summary.reach"]]
+    runs = runs.assign(key=keys, series=kinds, reach=reach, role="")
+    sets = runs.groupby("key").agg(
+        model=("model", "first"),
+        series=("series", "first"),
+        seeds=("seed", "nunique"),
+        reach=("reach", "median"),
+    )
+    sets = sets.sort_values(["seeds", "reach"], ascending=False)
+    recipe = next(iter(sets.index[sets["model"] == "scan"]), None)
+    chosen = {recipe: "recipe"}
+    for _, group in sets[sets["model"] != "scan"].groupby("series"):
+        chosen[group.index[0]] = "baseline"
+    for key in sets.index[sets["model"] == "scan"]:
+        chosen.setdefault(key, "ablation")
+    runs = runs.assign(role=runs["key"].map(chosen))
+    if recipe is not None:
+        base = runs.loc[runs["key"] == recipe, "parameters"].iloc[0]
+        other = runs["role"] == "ablation"
+        named = [difference(base, p) for p in runs.loc[other, "parameters"]]
+        runs.loc[other, "series"] = named
+    return runs[runs["role"].notna()]

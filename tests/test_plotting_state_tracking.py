@@ -10,6 +10,7 @@ from matplotlib.colors import to_hex
 
 from scanlm.errors import ScanLMError
 from scanlm.groups import get_group
+from scanlm.plotting import state_records
 from scanlm.plotting import state_tracking as draw
 from scanlm.plotting.style import FAMILIES
 
@@ -240,3 +241,31 @@ def test_gain_is_the_mean_over_prefixes() -> None:
     table = pd.DataFrame({"size": [0.1, 0.1, 1.0], "chunks": [1, 2, 1], "gain": [0.2, 0.4, 1.5]})
     ax = draw.gain(table).axes[0]
     assert list(line(ax, "scan model").get_ydata()) == pytest.approx([0.3, 1.5])
+
+
+# Records
+
+
+def record(model: str, seed: int, reach: int, **changes: Any) -> dict[str, Any]:
+    stages = [
+        {"length": n, "lr": 1e-4, "dropout": 0.1 * (n == 16), "max_steps": 10} for n in (2, 16)
+    ]
+    parameters = {"group": "S5", "stages": stages, "config": {}} | changes
+    row = {"run_id": f"{model}{seed}{reach}", "model": model, "seed": seed}
+    return {**row, "parameters": parameters, "summary.reach": {"float32": reach}}
+
+
+def test_records_are_told_apart_as_recipe_baselines_and_ablations() -> None:
+    without = [{"length": n, "lr": 1e-4, "dropout": 0.0, "max_steps": 10} for n in (2, 16)]
+    rows = [record("scan", seed, 512) for seed in range(3)]
+    rows += [record("scan", seed, 9999, stages=without) for seed in range(2)]
+    rows += [record("scan", 0, 7, config={"t1_causal": True})]
+    rows += [record("gpt2_tiny", 0, 4), record("gpt2_tiny", 0, 8, clip=2.0)]
+    runs = state_records.sort_runs(pd.DataFrame(rows))
+    found = {(r["role"], r["series"], r["reach"]) for _, r in runs.iterrows()}
+    assert found == {
+        ("recipe", "scan model", 512),
+        ("ablation", "no dropout", 9999),
+        ("ablation", "t1_causal", 7),
+        ("baseline", "GPT-2", 8),  # of the search, the better one
+    }

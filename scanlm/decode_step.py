@@ -12,7 +12,6 @@ Shapes: ``b`` rows, ``c`` = chunk_size, ``d`` = n_embd, ``h`` heads, ``v`` = voc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -71,9 +70,6 @@ class TorchStep:
         config, device = model.config, buffers.token.device
         self.rows = torch.arange(len(buffers.token), device=device)
         self.slots = torch.arange(2 * config.chunk_size, device=device)
-        # transformers writes gelu_new out as eight operations
-        written_out = config.activation_function == "gelu_new"
-        self.act = partial(F.gelu, approximate="tanh") if written_out else model.t2.h[0].mlp.act
 
     def refresh(self) -> None:
         """Called when a stream begins: the model's weights may have changed."""
@@ -98,7 +94,7 @@ class TorchStep:
             mask = visible[:, None, None]
             out = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=mask)
             x = x + block.attn.c_proj(out.flatten(1))
-            x = x + block.mlp.c_proj(self.act(block.mlp.c_fc(block.ln_2(x))))
+            x = x + block.mlp(block.ln_2(x))
         s.logits.copy_(model.lm_head(model.t2.ln_f(x)))
 
     def advance(self, sampling: Sampling) -> None:
@@ -125,4 +121,4 @@ class TorchStep:
                 return
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + block.attn.c_proj(out.transpose(1, 2).flatten(2))
-            x = x + block.mlp.c_proj(self.act(block.mlp.c_fc(block.ln_2(x))))
+            x = x + block.mlp(block.ln_2(x))

@@ -324,9 +324,24 @@ def _read_run(folder: Path) -> dict[str, Any]:
 
 
 def _best_step(folder: Path, steps: dict[int, Path]) -> int:
-    """The step whose evaluation loss was lowest, as transformers' Trainer remembers it."""
+    """The step whose evaluation loss was lowest, as transformers' Trainer remembers it.
+
+    That step need not have been saved: then the best of those that were, by the run's record.
+    """
     state = steps[max(steps)] / "trainer_state.json"
     best = json.loads(state.read_text()).get("best_global_step") if state.is_file() else None
+    if best not in steps and (folder / "metrics.jsonl").is_file():
+        import pandas as pd
+
+        from scanlm.records import read_metrics
+
+        losses = {
+            int(row["step"]): float(row["value"])
+            for row in read_metrics(folder).to_dict("records")
+            if (row["name"], row.get("split")) == ("loss", "validation")
+            and pd.isna(row.get("position"))
+        }
+        best = min(steps.keys() & losses.keys(), key=losses.__getitem__, default=None)
     if best not in steps:
         raise ScanLMError(
             f"{folder} does not know its best checkpoint: choose one of the steps "

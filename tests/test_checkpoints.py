@@ -127,6 +127,17 @@ def test_a_run_gives_the_step_asked_for(tmp_path):
         assert torch.equal(logits(loaded.model), logits(gpt2(seed=expected)))
 
 
+def test_the_best_of_the_steps_that_were_saved(tmp_path):
+    run = make_run(tmp_path / "run", best=7)  # the best of all, and not saved
+    rows = [(5, 2.5, {}), (7, 2.0, {}), (10, 2.2, {}), (5, 0.1, {"position": 3})]
+    lines = [
+        {"name": "loss", "value": value, "split": "validation", "step": step, **axes}
+        for step, value, axes in rows
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert load_checkpoint(run, "best").step == 10
+
+
 def test_a_checkpoint_of_a_run_knows_its_run(tmp_path):
     run = make_run(tmp_path / "run")
     loaded = load_checkpoint(run / "checkpoint-5")

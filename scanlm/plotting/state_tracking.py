@@ -156,7 +156,7 @@ def circuit_depth(length: int = 65536, layers: int = 12, composed: int = 2) -> F
         ax.set_ylim(0, length)
         plain = FuncFormatter(lambda v, _: f"{v:g}")
         ax.xaxis.set_major_formatter(plain)
-        ax.set_yticks([0, 4, 8, 12, 16, *(4**k for k in range(3, 9) if 4**k <= length)])
+        ax.set_yticks([0, 8, 16, *(4**k for k in range(3, 9) if 4**k <= length)])
         ax.yaxis.set_major_formatter(plain)
         ax.yaxis.set_minor_locator(NullLocator())
         ax.set(

@@ -314,6 +314,9 @@ def source_line(run: Run | Mapping[str, Any] | pd.Series) -> str:
         parts.append(f"{int(steps):,} steps")
     if summary.get("tokens") is not None:
         parts.append(f"{int(summary['tokens']):,} tokens")
+    corpus = str(_mapping(record.get("parameters")).get("corpus", ""))
+    if "#" in corpus:  # only a part of a text, which a caption must say
+        parts.append(f"on {corpus}")
     if device:
         count = device.get("count") or 1
         parts.append((f"{count} x " if count > 1 else "") + str(device.get("name")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,11 +139,15 @@ def text_on(color: str) -> str:
     return INK if luminance > 0.22 else PAPER
 
 
+CAPTION_LETTERS = 17  # that fit on an inch
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches. It is not pyplot's: it shows once, as a cell's last value."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def caption(figure: Figure, text: str) -> None:
-    """A small line under the figure: where its data come from."""
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color=MUTED)
+    """A small line or two under the figure: where its data come from."""
+    letters = int(figure.get_figwidth() * CAPTION_LETTERS)
+    figure.supxlabel(textwrap.fill(text, letters), x=0.01, ha="left", fontsize=7.5, color=MUTED)

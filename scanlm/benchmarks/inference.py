@@ -15,7 +15,7 @@ as such and the next one begins. Metrics carry ``model`` (see ``scanlm.benchmark
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scanlm.benchmarks.checks import check_name, usable_device
 from scanlm.benchmarks.failures import is_out_of_memory
 from scanlm.benchmarks.subjects import SIZES, SUBJECTS, Setting, Subject, no_leftovers
 from scanlm.benchmarks.timing import (
@@ -32,7 +33,7 @@ from scanlm.benchmarks.timing import (
     time_once,
     time_steps,
 )
-from scanlm.errors import ScanLMError, nearest
+from scanlm.errors import ScanLMError
 from scanlm.records import Run, read_metrics
 from scanlm.scan import lowest_bit
 
@@ -90,10 +91,10 @@ class InferenceSettings:
     def __post_init__(self) -> None:
         """Check the values."""
         for name in (*self.models, *(self.timeline_models or ())):
-            _check_name("model", name, SUBJECTS)
-        _check_name("size", self.size, SIZES)
+            check_name("model", name, SUBJECTS)
+        check_name("size", self.size, SIZES)
         if self.dtype is not None:
-            _check_name("dtype", self.dtype, DTYPES)
+            check_name("dtype", self.dtype, DTYPES)
         if not self.models:
             raise ScanLMError(f"no models given: name some of {', '.join(SUBJECTS)}")
         if self.prompt_len < 1:
@@ -117,27 +118,12 @@ class InferenceSettings:
 
     def torch_device(self) -> torch.device:
         """The device asked for, or the best there is."""
-        if self.device is None:
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ScanLMError(
-                f"device {self.device!r} cannot be used: {str(error).splitlines()[0]}; "
-                "use device='cpu', or 'cuda' where torch sees a GPU"
-            ) from error
-        return device
+        return usable_device(self.device)
 
     def torch_dtype(self) -> torch.dtype:
         """The dtype asked for, or the usual one of the device."""
         usual = "bfloat16" if self.torch_device().type == "cuda" else "float32"
         return DTYPES[self.dtype or usual]
-
-
-def _check_name(what: str, name: str, known: Iterable[str]) -> None:
-    if name not in known:
-        raise ScanLMError(f"unknown {what} {name!r}.{nearest(name, known)}")
 
 
 @dataclass(frozen=True)

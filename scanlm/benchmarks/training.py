@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from scanlm.baselines import build_model, load_entry
+from scanlm.benchmarks.checks import check_name, usable_device
 from scanlm.benchmarks.failures import is_out_of_memory
 from scanlm.benchmarks.subjects import no_leftovers
 from scanlm.benchmarks.timing import affordable_steps, time_once, time_steps
@@ -40,7 +41,7 @@ from scanlm.benchmarks.training_step import (
     flops_per_token,
     modes_of,
 )
-from scanlm.errors import ScanLMError, nearest
+from scanlm.errors import ScanLMError
 from scanlm.records import Run, read_metrics
 
 HOPPER_PEAK = 790e12  # operations a second of large bf16 products, measured on an H200
@@ -102,12 +103,12 @@ class TrainingSpeedSettings:
     def __post_init__(self) -> None:
         """Check the values."""
         for part in self.parts:
-            _check_name("part", part, PARTS)
+            check_name("part", part, PARTS)
         if self.dtype is not None:
-            _check_name("dtype", self.dtype, tuple(DTYPES))
+            check_name("dtype", self.dtype, tuple(DTYPES))
         known = {mode for model in self.models or () for mode in modes_of(model)}
         for mode in self.modes or ():
-            _check_name("mode", mode, sorted(known) or modes_of("scanlm_tiny"))
+            check_name("mode", mode, sorted(known) or modes_of("scanlm_tiny"))
         counts = {name: getattr(self, name) or () for name in ("chunk_sizes", "seq_lens")}
         counts |= {"batch_tokens": (self.batch_tokens or 1,), "steps": (self.steps,)}
         for name, values in counts.items():
@@ -134,22 +135,7 @@ class TrainingSpeedSettings:
 
     def torch_device(self) -> torch.device:
         """The device asked for, or the best there is."""
-        if self.device is None:
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ScanLMError(
-                f"device {self.device!r} cannot be used: {str(error).splitlines()[0]}; "
-                "use cpu, or cuda where torch sees a GPU"
-            ) from error
-        return device
-
-
-def _check_name(what: str, name: str, known: Sequence[str]) -> None:
-    if name not in known:
-        raise ScanLMError(f"unknown {what} {name!r}.{nearest(name, known)}")
+        return usable_device(self.device)
 
 
 def benchmark_training(

@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
@@ -33,6 +32,7 @@ from transformers.utils.generic import can_return_tuple
 from scanlm.cache import RaggedScanCache, ScanCache
 from scanlm.config import ScanLMConfig
 from scanlm.errors import ScanLMError
+from scanlm.generation import StateGenerationMixin
 from scanlm.gpt2 import Stack, init_weights
 from scanlm.loss import IGNORE, linear_cross_entropy
 from scanlm.scan import lowest_bit, scan_tree, sequential_scan
@@ -42,7 +42,7 @@ __all__ = ["ScanLMConfig", "ScanLMForCausalLM"]
 AnyCache = ScanCache | RaggedScanCache
 
 
-class ScanLMForCausalLM(PreTrainedModel, GenerationMixin):
+class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
     """A causal language model of transformers, trained and generated from as any other.
 
     Example:
@@ -453,32 +453,9 @@ class ScanLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     # What generate() asks for
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # forward() makes the ScanCache
-
     def _validate_generated_length(self, generation_config: Any, *args: Any) -> None:
         super()._validate_generated_length(generation_config, *args)  # type: ignore[misc]
         self._check_length(generation_config.max_length)
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        past_key_values: AnyCache | None = None,
-        attention_mask: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 1,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """The tokens that the state has not seen yet."""
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        return {
-            "input_ids": input_ids[:, seen:],
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "use_cache": use_cache,
-            "logits_to_keep": logits_to_keep,
-        }
 
 
 def _next_tokens(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | None:

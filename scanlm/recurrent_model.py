@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.configuration_utils import PretrainedConfig
-from transformers.generation.utils import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from scanlm.errors import ScanLMError
+from scanlm.generation import StateGenerationMixin
 from scanlm.loss import IGNORE, linear_cross_entropy
 
 INSTALL = "pip install 'scanlm[gpu]'"
@@ -432,7 +432,7 @@ class LossAndLogits:
         )
 
 
-class RecurrentForCausalLM(LossAndLogits, RecurrentPreTrainedModel, GenerationMixin):
+class RecurrentForCausalLM(LossAndLogits, RecurrentPreTrainedModel, StateGenerationMixin):
     """A causal language model of plain torch, trained and generated from as any other.
 
     Args:
@@ -448,26 +448,3 @@ class RecurrentForCausalLM(LossAndLogits, RecurrentPreTrainedModel, GenerationMi
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
         add_dropout(self)
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the model makes its own
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 1,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """The tokens that the state has not seen yet."""
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        return {
-            "input_ids": input_ids[:, seen:],
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "use_cache": use_cache,
-            "logits_to_keep": logits_to_keep,
-        }

@@ -15,9 +15,11 @@ Shapes: ``n`` windows, ``s`` tokens a window, ``d`` = n_embd, ``h`` heads.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,11 @@ from scanlm.cache import KeyValues
 from scanlm.config import ScanLMConfig
 
 TINY_WINDOW = 4  # tokens; longer windows go to a fused attention kernel
+
+window_kernels: Any = None  # Triton is looked for where there is a GPU to run it
+if torch.cuda.is_available():
+    with contextlib.suppress(ImportError):
+        from scanlm import window_kernels
 
 
 @dataclass(frozen=True)
@@ -110,12 +117,29 @@ class Attention(nn.Module):
         ``past`` (for a single group) holds earlier tokens of the windows and is extended by ``x``.
         """
         d = x.shape[-1]
+        query = None
         if only_kept:
             weight, bias = self.c_attn.weight, self.c_attn.bias
             query = torch.addmm(bias[:d], take_kept(x, groups), weight[:, :d])
-            key, value = torch.addmm(bias[d:], x, weight[:, d:]).split(d, dim=-1)
+            packed = torch.addmm(bias[d:], x, weight[:, d:])
         else:
-            query, key, value = self.c_attn(x).split(d, dim=-1)
+            packed = self.c_attn(x)
+        dropout = self.attn_pdrop if self.training else 0.0
+        if past is None and not dropout and self._kernels_fit(packed, groups):
+            out = window_kernels.window_attention(
+                packed,
+                query,
+                [g.count for g in groups],
+                [g.length for g in groups],
+                [g.keep for g in groups],
+                self.n_head,
+                self.causal,
+            )
+            return self.resid_dropout(self.c_proj(out))
+        if query is None:
+            query, key, value = packed.split(d, dim=-1)
+        else:
+            key, value = packed.split(d, dim=-1)
         asked = [g.kept if only_kept else g for g in groups]
         q_rows, kv_rows = [g.count * g.length for g in asked], [g.count * g.length for g in groups]
         outputs = []
@@ -126,6 +150,14 @@ class Attention(nn.Module):
             outputs.append(self._attend(q, k, v, past).reshape(-1, d))
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return self.resid_dropout(self.c_proj(out))
+
+    def _kernels_fit(self, packed: Tensor, groups: Sequence[Windows]) -> bool:
+        longest = max(g.length for g in groups)
+        return (
+            window_kernels is not None
+            and longest > TINY_WINDOW
+            and window_kernels.fits(packed, longest, self.c_attn.weight.shape[0] // self.n_head)
+        )
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, past: KeyValues | None) -> Tensor:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -219,7 +251,7 @@ class Stack(nn.Module):
         skip = any(g.keep < g.length for g in groups)
         for i, block in enumerate(self.h):
             x = block(x, groups, skip and i == last, past[i] if past is not None else None)
-        x = self.ln_f(x)
+        x = self.ln_f(x).to(x.dtype)
         kept = x.split([g.count * g.keep for g in groups])
         return [t.view(g.count, g.keep, -1) for t, g in zip(kept, groups, strict=True)]
 

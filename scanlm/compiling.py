@@ -3,8 +3,8 @@
 One graph of a whole scan model unrolls T2's twelve blocks and every level of the tree, and is
 optimised as if all of that were different code: more than a minute before the first step. The
 blocks differ in their weights only, and the levels in the number of pairs, so each is compiled
-once here and called many times. What lies between (norm of the leaves, concatenations) is a few
-memory-bound operations a step.
+once here and called many times. What lies between (look-ups, concatenations) is a few memory-bound
+operations a step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ SHAPES = 64  # a curriculum has a shape a stage; beyond torch's own limit it wou
 def compile_model(model: nn.Module, backend: str = "inductor") -> None:
     """Compile a model in place; its parameters keep their names.
 
-    A scan model: T2's blocks, T1 for any number of pairs, and the loss. Another model: as a whole.
+    A scan model: the leaves, T2's blocks and its final norm, T1 for any number of pairs, and the
+    loss. Another model: as a whole.
     Call it before the model is wrapped for several ranks, and evaluate under
     ``torch.compiler.set_stance("eager_on_recompile")``, so that a batch of another shape is not
     compiled for.
@@ -36,6 +37,10 @@ def compile_model(model: nn.Module, backend: str = "inductor") -> None:
     for block in model.t2.h:
         block.compile(backend=backend, dynamic=False)
     model.t1.compile(backend=backend)  # its second shape is compiled for every number of pairs
-    model.linear_cross_entropy = torch.compile(
-        model.linear_cross_entropy, backend=backend, dynamic=False
-    )
+    for owner, name in (
+        (model, "leaves"),
+        (model.t2, "finish"),
+        (model, "linear_cross_entropy"),
+    ):
+        compiled = torch.compile(getattr(owner, name), backend=backend, dynamic=False)
+        setattr(owner, name, compiled)

@@ -50,7 +50,7 @@ class Decoder:
         batch_size: rows.
         sampling: how tokens are chosen.
         graphs: capture CUDA graphs; default on a GPU.
-        fused: use the Triton kernels of ``scanlm.decode_kernels``; default where they can run and
+        fused: use the Triton kernels of ``scanlm.kernels.decode``; default where they can run and
             agree with torch, which is tried once.
 
     Attributes:
@@ -139,7 +139,7 @@ class Decoder:
     def _make_step(self, fused: bool) -> TorchStep:
         if not fused:
             return TorchStep(self.model, self.buffers)
-        from scanlm.decode_kernels import FusedStep
+        from scanlm.kernels.decode import FusedStep
 
         return FusedStep(self.model, self.buffers)
 
@@ -295,7 +295,7 @@ def captured(function: Callable[[], Any], pool: Any) -> Callable[[], None]:
 def _kernels_fit(model: Any) -> bool:
     """Whether the Triton kernels can run this model."""
     try:
-        from scanlm.decode_kernels import fits
+        from scanlm.kernels.decode import fits
     except ImportError:
         return False
     return fits(model)

@@ -15,7 +15,6 @@ Shapes: ``n`` windows, ``s`` tokens a window, ``d`` = n_embd, ``h`` heads.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,15 +28,15 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from scanlm import kernels
 from scanlm.cache import KeyValues
 from scanlm.config import ScanLMConfig
 
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 TINY_WINDOW = 4  # tokens; longer windows go to a fused attention kernel
 
-window_kernels: Any = None  # Triton is looked for where there is a GPU to run it
-if torch.cuda.is_available():
-    with contextlib.suppress(ImportError):
-        from scanlm import window_kernels
+if kernels.available:
+    from scanlm.kernels import gelu, windows
 
 
 @dataclass(frozen=True)
@@ -117,18 +116,13 @@ class Attention(nn.Module):
         ``past`` (for a single group) holds earlier tokens of the windows and is extended by ``x``.
         """
         d = x.shape[-1]
-        query = None
-        if only_kept:
-            weight, bias = self.c_attn.weight, self.c_attn.bias
-            query = torch.addmm(bias[:d], take_kept(x, groups), weight[:, :d])
-            packed = torch.addmm(bias[d:], x, weight[:, d:])
-        else:
-            packed = self.c_attn(x)
-        dropout = self.attn_pdrop if self.training else 0.0
-        if past is None and not dropout and self._kernels_fit(packed, groups):
-            out = window_kernels.window_attention(
-                packed,
-                query,
+        weight, bias = self.c_attn.weight, self.c_attn.bias
+        if past is None and self._kernel_fits(x, groups):
+            asking = torch.mm(take_kept(x, groups), weight[:, :d]) if only_kept else None
+            out = windows.window_attention(
+                torch.mm(x, weight[:, d:] if only_kept else weight),
+                asking,
+                bias,
                 [g.count for g in groups],
                 [g.length for g in groups],
                 [g.keep for g in groups],
@@ -136,10 +130,11 @@ class Attention(nn.Module):
                 self.causal,
             )
             return self.resid_dropout(self.c_proj(out))
-        if query is None:
-            query, key, value = packed.split(d, dim=-1)
+        if only_kept:
+            query = torch.addmm(bias[:d], take_kept(x, groups), weight[:, :d])
+            key, value = torch.addmm(bias[d:], x, weight[:, d:]).split(d, dim=-1)
         else:
-            key, value = packed.split(d, dim=-1)
+            query, key, value = self.c_attn(x).split(d, dim=-1)
         asked = [g.kept if only_kept else g for g in groups]
         q_rows, kv_rows = [g.count * g.length for g in asked], [g.count * g.length for g in groups]
         outputs = []
@@ -151,12 +146,14 @@ class Attention(nn.Module):
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return self.resid_dropout(self.c_proj(out))
 
-    def _kernels_fit(self, packed: Tensor, groups: Sequence[Windows]) -> bool:
+    def _kernel_fits(self, x: Tensor, groups: Sequence[Windows]) -> bool:
+        """Whether the kernel for short windows computes this: without dropout of weights."""
         longest = max(g.length for g in groups)
         return (
-            window_kernels is not None
-            and longest > TINY_WINDOW
-            and window_kernels.fits(packed, longest, self.c_attn.weight.shape[0] // self.n_head)
+            longest > TINY_WINDOW
+            and not (self.training and self.attn_pdrop)
+            and kernels.usable(x)
+            and max(longest, x.shape[-1] // self.n_head) <= windows.LONGEST
         )
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, past: KeyValues | None) -> Tensor:
@@ -185,14 +182,18 @@ class MLP(nn.Module):
         inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
         self.c_fc = Conv1D(inner, config.n_embd)
         self.c_proj = ResidualProjection(config, num_layers, inner)
-        name = config.activation_function
-        # the same function in one kernel instead of eight
-        self.act = ACT2FN["gelu_pytorch_tanh" if name == "gelu_new" else name]
+        self.tanh_gelu = config.activation_function in TANH_GELU
+        # of several forms of one function the one that is a single kernel
+        self.act = ACT2FN[TANH_GELU[-1] if self.tanh_gelu else config.activation_function]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., d) -> (..., d)``."""
-        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+        if self.tanh_gelu and x.dim() == 2 and kernels.usable(x):
+            inner = gelu.bias_gelu(torch.mm(x, self.c_fc.weight), self.c_fc.bias)
+        else:
+            inner = self.act(self.c_fc(x))
+        return self.dropout(self.c_proj(inner))
 
 
 class Block(GradientCheckpointingLayer):
@@ -208,14 +209,28 @@ class Block(GradientCheckpointingLayer):
     def forward(
         self,
         x: Tensor,
+        added: Tensor | None,
         groups: Sequence[Windows],
         only_kept: bool = False,
         past: KeyValues | None = None,
-    ) -> Tensor:
-        """``(sum n * s, d) -> (sum n * s, d)``, or the kept positions alone."""
+    ) -> tuple[Tensor, Tensor]:
+        """A block leaves its last addition to the next one, whose norm then reads both at once.
+
+        Args:
+            x: the residual stream ``(sum n * s, d)``.
+            added: what the block before adds to it.
+            groups: the windows.
+            only_kept: return the kept positions alone.
+            past: see ``Attention``.
+
+        Returns:
+            The residual stream, and what its MLP adds to it.
+        """
+        if added is not None:
+            x = x + added
         residual = take_kept(x, groups) if only_kept else x
         x = residual + self.attn(self.ln_1(x), groups, only_kept, past)
-        return x + self.mlp(self.ln_2(x))
+        return x, self.mlp(self.ln_2(x))
 
 
 class Stack(nn.Module):
@@ -249,11 +264,16 @@ class Stack(nn.Module):
         x = rows[0] if len(rows) == 1 else torch.cat(rows)
         last = len(self.h) - 1
         skip = any(g.keep < g.length for g in groups)
+        added: Any = None
         for i, block in enumerate(self.h):
-            x = block(x, groups, skip and i == last, past[i] if past is not None else None)
-        x = self.ln_f(x).to(x.dtype)
+            x, added = block(x, added, groups, skip and i == last, past[i] if past else None)
+        x = self.finish(x, added)
         kept = x.split([g.count * g.keep for g in groups])
         return [t.view(g.count, g.keep, -1) for t, g in zip(kept, groups, strict=True)]
+
+    def finish(self, x: Tensor, added: Tensor) -> Tensor:
+        """The final norm of the residual stream and the last block's addition, in its dtype."""
+        return self.ln_f(x + added).to(x.dtype)
 
 
 def init_weights(module: nn.Module, std: float) -> None:

@@ -15,6 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scanlm import kernels
+
+if kernels.available:
+    from scanlm.kernels import cross_entropy
+
 IGNORE = -100
 LOGITS_PER_SLICE = 2**28  # half a gigabyte in bf16: large enough products, small against a model
 
@@ -25,38 +30,57 @@ def pad_vocabulary(weight: Tensor, multiple: int = 64) -> Tensor:
     return F.pad(weight, (0, 0, 0, missing)) if missing else weight
 
 
+def rows_loss(
+    logits: Tensor, targets: Tensor, vocab_size: int, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row, and the gradient of the sum.
+
+    Args:
+        logits: ``(rows, columns)``; columns from ``vocab_size`` on do not count.
+        targets: ``(rows,)``; rows with ``IGNORE`` have no loss.
+        vocab_size: at most ``columns``.
+        gradient: whether it is wanted.
+
+    Returns:
+        Losses ``(rows,)``, at least float32, and the gradient in the dtype of the logits (empty if
+        it is not wanted).
+    """
+    if kernels.usable(logits):
+        return cross_entropy.cross_entropy_rows(logits, targets, vocab_size, IGNORE, gradient)
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    if vocab_size < len(columns):
+        exact = exact.masked_fill(columns >= vocab_size, -torch.inf)
+    scored = targets != IGNORE
+    index = targets.where(scored, 0).unsqueeze(1)
+    log_norm = exact.logsumexp(dim=1, keepdim=True)
+    losses = (log_norm - exact.gather(1, index)).squeeze(1).where(scored, 0)
+    if not gradient:
+        return losses, logits.new_empty(0)
+    # an in-place write would break the compiler's fusion of these lines
+    grad = (exact - log_norm).exp() - (columns == index).to(exact.dtype)
+    return losses, (grad * scored.unsqueeze(1)).to(logits.dtype)
+
+
 class _SummedLoss(torch.autograd.Function):
     """Summed cross-entropy; the gradients are computed along with it."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
-        vocab_size = weight.shape[0]
         exact = torch.promote_types(hidden.dtype, torch.float32)
         padded = pad_vocabulary(weight.to(hidden.dtype))
-        columns = torch.arange(padded.shape[0], device=hidden.device)
-        extra = columns >= vocab_size if padded.shape[0] > vocab_size else None
         training = any(ctx.needs_input_grad[:2])
         total = hidden.new_zeros((), dtype=exact)
         grads_hidden = []
         grad_weight = torch.zeros_like(padded, dtype=exact) if training else None
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = (h @ padded.T).to(exact)
-            if extra is not None:
-                logits = logits.masked_fill(extra, -torch.inf)
-            scored = t != IGNORE
-            index = t.where(scored, 0).unsqueeze(1)
-            log_norm = logits.logsumexp(dim=1, keepdim=True)
-            losses = (log_norm - logits.gather(1, index)).squeeze(1)
-            total = total + losses.where(scored, 0).sum()
+            losses, grad = rows_loss(h @ padded.T, t, weight.shape[0], training)
+            total = total + losses.sum()
             if grad_weight is not None:
-                grad = (logits - log_norm).exp()
-                # an in-place write would break the compiler's fusion of this line with the last
-                grad = grad - (columns == index).to(exact)
-                grad = (grad * scored.unsqueeze(1)).to(h.dtype)
                 grads_hidden.append(grad @ padded)
                 grad_weight = grad_weight + (grad.T @ h).to(exact)
         if grad_weight is not None:
-            grad_weight = grad_weight[:vocab_size].to(weight.dtype)
+            grad_weight = grad_weight[: weight.shape[0]].to(weight.dtype)
             ctx.save_for_backward(torch.cat(grads_hidden), grad_weight)
         return total
 

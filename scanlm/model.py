@@ -75,6 +75,7 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         self.t2 = Stack(c, c.t2_layers, causal=True)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         self.linear_cross_entropy = linear_cross_entropy  # compiled on its own: scanlm.compiling
+        self.half_residual = False  # under autocast: the residual stream in its precision too
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -143,7 +144,14 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         positions = torch.arange(start, stop, device=input_ids.device)
         if self.config.position_embedding == "chunk":
             positions = positions % self.config.chunk_size
-        return self.drop(self.leaf_norm(self.wte(input_ids) + self.wpe(positions)))
+        return self.drop(self.leaves(self.wte(input_ids), self.wpe(positions)))
+
+    def leaves(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Embeddings ``(b, t, d)`` and ``(t, d)`` to leaves, in the residual stream's precision."""
+        x = self.leaf_norm(tokens + positions)
+        if self.half_residual and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x
 
     def aggregate(self, left: Tensor, right: Tensor) -> Tensor:
         """T1: two states ``(n, c, d)`` to the state of their concatenated chunks."""

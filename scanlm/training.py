@@ -39,6 +39,7 @@ from scanlm.data import (
 from scanlm.data.token_files import default_tokenizer
 from scanlm.errors import ScanLMError
 from scanlm.flops import training_flops
+from scanlm.model import ScanLMForCausalLM
 from scanlm.progress import Progress
 from scanlm.records import SUMMARY_FILE, Run, read_metrics, run_id
 from scanlm.scoring import (
@@ -151,6 +152,8 @@ class _Session:
 
     def train(self, blocks: Blocks) -> None:
         s = self.settings
+        if isinstance(self.model, ScanLMForCausalLM):
+            self.model.half_residual = s.half_residual and self.precision == "bf16"
         if s.compile:
             compile_model(self.model)
         arguments = training_arguments(s, self.folder, self.precision)
@@ -340,6 +343,8 @@ def training_arguments(s: TrainingSettings, folder: Path, precision: str) -> Tra
         seed=s.seed,
         dataloader_num_workers=s.num_workers,
         dataloader_pin_memory=cuda,
+        # else the host waits for the device once a step, and then the device for the host
+        accelerator_config={"non_blocking": cuda},
         remove_unused_columns=False,
         eval_strategy="no",
         logging_strategy="no",

@@ -450,12 +450,20 @@ def test_padding_at_the_right_changes_nothing_before_it(make_model: Make, make_i
 # Precision, checkpointing, compilation
 
 
+@pytest.mark.parametrize("half_residual", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_runs(make_model: Make, make_ids: Make, dtype: torch.dtype) -> None:
+def test_autocast_runs(
+    make_model: Make, make_ids: Make, dtype: torch.dtype, half_residual: bool
+) -> None:
     model, ids = make_model(dtype=torch.float32), make_ids(2, 14)
+    model.half_residual = half_residual
     exact = model(ids, labels=ids)
     with torch.autocast("cpu", dtype=dtype):
         out = model(ids, labels=ids)
+        leaves = model.embed(ids[:, :8]).unflatten(1, (2, 4))
+        states = model.prefix_states(leaves)
+    kept = dtype if half_residual else torch.float32
+    assert leaves.dtype == states.dtype == kept
     assert out.logits.dtype == dtype  # so autocast was in effect
     step = torch.finfo(dtype).eps
     assert abs(out.loss.item() - exact.loss.item()) < 4 * step * exact.logits.abs().max().item()

@@ -5,7 +5,8 @@ Modes of a scan model are its ``train_mode``: "blelloch" (levels of the tree at 
 
 transformers  as it is; not compiled this is GPT-2 "as shipped"
 flash         vocabulary padded to a multiple of 128, attention by the flash kernel alone
-fused_loss    the same with ``scanlm.loss``, which never holds all logits: the best GPT-2 there is
+fused_loss    the same with ``scanlm.loss``, which never holds all logits, and like the scan model
+              with its residual stream in the precision of the products: the best GPT-2 there is
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from scanlm.compiling import compile_model
 from scanlm.errors import ScanLMError, nearest
 from scanlm.flops import training_flops
 from scanlm.loss import linear_cross_entropy
+from scanlm.model import ScanLMForCausalLM
 from scanlm.scoring import context_limit
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -120,6 +122,16 @@ def build(work: Work, device: torch.device, seed: int, checkpointing: bool = Fal
     return model.train()
 
 
+def halve_residual(model: Any, mode: str, dtype: torch.dtype | None) -> None:
+    """The residual stream in bf16 where products are: as the trainer has it, and the best GPT-2."""
+    if dtype != torch.bfloat16:
+        return
+    if isinstance(model, ScanLMForCausalLM):
+        model.half_residual = True
+    elif mode == "fused_loss":
+        model.transformer.drop.register_forward_hook(lambda module, args, out: out.to(dtype))
+
+
 class TrainingStep:
     """Forward, backward and AdamW (fused on a GPU) under autocast, queued by a call.
 
@@ -144,6 +156,7 @@ class TrainingStep:
     ) -> None:
         self.work, self.device, self.dtype = work, device, DTYPES[dtype]
         self.model = build(work, device, seed, checkpointing)
+        halve_residual(self.model, work.mode, self.dtype)
         self.vocab_size = int(build_model(work.model, device="meta").config.vocab_size)
         takes = inspect.signature(self.model.forward).parameters
         self.extra = {"return_logits": False} if "return_logits" in takes else {}

@@ -1,12 +1,13 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Attention within windows of at most 128 tokens: one Triton kernel each way.
+"""Attention within windows of at most 128 tokens: one kernel each way.
 
 T2 reads windows [prefix ; chunk] and T1 windows [left ; right], thousands of them a step. Kernels
 made for long sequences walk over a window in blocks, keep sums for the way back, and want queries,
 keys and values apart. Here one program owns one head of one window. All its scores fit in a tile,
 so the softmax is plain and nothing but the input is saved: the backward pass makes the scores
 again and writes the gradients of queries, keys and values side by side, as the product before it
-wants them.
+wants them. The bias of that product is added here, and its gradient summed, since everything is
+at hand.
 
 Shapes: groups of ``n`` windows of ``s`` tokens, of which the last ``a`` ask; ``d`` = n_embd.
 """
@@ -20,13 +21,23 @@ from torch import Tensor
 
 LONGEST = 128  # tokens of a window, features of a head: what one tile holds
 SHORTEST = 16  # side of the smallest tile that tensor cores multiply
+WARPS = 4
 
 
 @triton.jit
-def _rows(first, stride, tile: tl.constexpr, head, D: tl.constexpr, D_TILE: tl.constexpr):
-    """Offsets ``(tile, D_TILE)`` of a head's features in consecutive rows."""
+def _rows(first, stride, tile: tl.constexpr, D_TILE: tl.constexpr):
+    """Offsets ``(tile, D_TILE)`` of some features in consecutive rows."""
     rows = first.to(tl.int64) + tl.arange(0, tile)
-    return rows[:, None] * stride + head * D + tl.arange(0, D_TILE)[None, :]
+    return rows[:, None] * stride + tl.arange(0, D_TILE)[None, :]
+
+
+@triton.jit
+def _with_bias(x_ptr, at, live, bias_ptr, D: tl.constexpr, D_TILE: tl.constexpr):
+    """A head's features of some rows, with their bias, in the dtype of the rows."""
+    x = tl.load(x_ptr + at, live, 0.0)
+    dims = tl.arange(0, D_TILE)
+    bias = tl.load(bias_ptr + dims, dims < D, 0.0).to(tl.float32)
+    return (x.to(tl.float32) + bias[None, :]).to(x.dtype)
 
 
 @triton.jit
@@ -48,7 +59,7 @@ def _softmax(
 
 @triton.jit
 def forward_kernel(
-    q_ptr, kv_ptr, out_ptr, Q_STRIDE, KV_STRIDE,
+    q_ptr, kv_ptr, bias_ptr, out_ptr, Q_STRIDE, KV_STRIDE,
     S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     S_TILE: tl.constexpr, A_TILE: tl.constexpr, D_TILE: tl.constexpr,
     SCALE: tl.constexpr, CAUSAL: tl.constexpr,
@@ -58,74 +69,69 @@ def forward_kernel(
     live = tl.arange(0, D_TILE)[None, :] < D
     asked = (tl.arange(0, A_TILE)[:, None] < A) & live
     present = (tl.arange(0, S_TILE)[:, None] < S) & live
-    q_at = _rows(window * A, Q_STRIDE, A_TILE, head, D, D_TILE)
-    kv_at = _rows(window * S, KV_STRIDE, S_TILE, head, D, D_TILE)
-    q = tl.load(q_ptr + q_at, asked, 0.0)
-    k = tl.load(kv_ptr + kv_at, present, 0.0)
-    v = tl.load(kv_ptr + H * D + kv_at, present, 0.0)
+    q_at = _rows(window * A, Q_STRIDE, A_TILE, D_TILE) + head * D
+    kv_at = _rows(window * S, KV_STRIDE, S_TILE, D_TILE) + head * D
+    bias = bias_ptr + head * D
+    q = _with_bias(q_ptr, q_at, asked, bias, D, D_TILE)
+    k = _with_bias(kv_ptr, kv_at, present, bias + H * D, D, D_TILE)
+    v = _with_bias(kv_ptr + H * D, kv_at, present, bias + 2 * H * D, D, D_TILE)
     p = _softmax(q, k, S, A, A_TILE, S_TILE, SCALE, CAUSAL)
     out = tl.dot(p.to(v.dtype), v, input_precision="ieee")
-    out_at = _rows(window * A, H * D, A_TILE, head, D, D_TILE)
+    out_at = _rows(window * A, H * D, A_TILE, D_TILE) + head * D
     tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), asked)
 
 
 @triton.jit
 def backward_kernel(
-    q_ptr, kv_ptr, grad_ptr, dq_ptr, dkv_ptr, Q_STRIDE, KV_STRIDE, GRAD_STRIDE,
+    q_ptr, kv_ptr, bias_ptr, grad_ptr, dq_ptr, dkv_ptr, part_ptr, Q_STRIDE, KV_STRIDE,
     S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     S_TILE: tl.constexpr, A_TILE: tl.constexpr, D_TILE: tl.constexpr,
     SCALE: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one head of one window; those lie in memory as queries, keys and values do."""
+    """Gradients of one head of one window, and their sums over its tokens for the bias."""
     head, window = tl.program_id(0), tl.program_id(1)
-    live = tl.arange(0, D_TILE)[None, :] < D
+    dims = tl.arange(0, D_TILE)
+    live = dims[None, :] < D
     asked = (tl.arange(0, A_TILE)[:, None] < A) & live
     present = (tl.arange(0, S_TILE)[:, None] < S) & live
-    q_at = _rows(window * A, Q_STRIDE, A_TILE, head, D, D_TILE)
-    kv_at = _rows(window * S, KV_STRIDE, S_TILE, head, D, D_TILE)
-    grad_at = _rows(window * A, GRAD_STRIDE, A_TILE, head, D, D_TILE)
-    q = tl.load(q_ptr + q_at, asked, 0.0)
-    k = tl.load(kv_ptr + kv_at, present, 0.0)
+    q_at = _rows(window * A, Q_STRIDE, A_TILE, D_TILE) + head * D
+    kv_at = _rows(window * S, KV_STRIDE, S_TILE, D_TILE) + head * D
+    grad_at = _rows(window * A, H * D, A_TILE, D_TILE) + head * D
+    bias = bias_ptr + head * D
+    part = part_ptr + window.to(tl.int64) * (3 * H * D) + head * D + dims
+    q = _with_bias(q_ptr, q_at, asked, bias, D, D_TILE)
+    k = _with_bias(kv_ptr, kv_at, present, bias + H * D, D, D_TILE)
     grad = tl.load(grad_ptr + grad_at, asked, 0.0)
     p = _softmax(q, k, S, A, A_TILE, S_TILE, SCALE, CAUSAL)
     dv = tl.dot(tl.trans(p.to(q.dtype)), grad, input_precision="ieee")
     tl.store(dkv_ptr + H * D + kv_at, dv.to(dkv_ptr.dtype.element_ty), present)
-    v = tl.load(kv_ptr + H * D + kv_at, present, 0.0)
+    tl.store(part + 2 * H * D, tl.sum(dv, 0), dims < D)
+    v = _with_bias(kv_ptr + H * D, kv_at, present, bias + 2 * H * D, D, D_TILE)
     dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
     ds = p * (dp - tl.sum(p * dp, 1)[:, None]) * SCALE
     ds = ds.to(q.dtype)
     dq = tl.dot(ds, k, input_precision="ieee")
     tl.store(dq_ptr + q_at, dq.to(dq_ptr.dtype.element_ty), asked)
+    tl.store(part, tl.sum(dq, 0), dims < D)
     dk = tl.dot(tl.trans(ds), q, input_precision="ieee")
     tl.store(dkv_ptr + kv_at, dk.to(dkv_ptr.dtype.element_ty), present)
+    tl.store(part + H * D, tl.sum(dk, 0), dims < D)
 
 
-def fits(x: Tensor, longest: int, features: int) -> bool:
-    """Whether the kernels can attend within such windows.
-
-    Args:
-        x: the queries, in the precision of the products.
-        longest: tokens of the longest window.
-        features: of a head.
-    """
-    return (
-        x.is_cuda
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and max(longest, features) <= LONGEST
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    )
+Group = tuple[int, int, int, slice, slice]  # n, s, a, rows of the queries, rows of the keys
 
 
 def _groups(
-    packed: Tensor, q: Tensor | None, counts: list[int], lengths: list[int], keeps: list[int]
-) -> list[tuple[slice, slice]]:
-    """Rows of the queries and rows of the keys of each group."""
-    slices, first_q, first = [], 0, 0
-    for count, length, keep in zip(counts, lengths, keeps, strict=True):
-        asked = count * (length if q is None else keep)
-        slices.append((slice(first_q, first_q + asked), slice(first, first + count * length)))
-        first_q, first = first_q + asked, first + count * length
-    return slices
+    q: Tensor | None, counts: list[int], lengths: list[int], keeps: list[int]
+) -> list[Group]:
+    groups, first_q, first = [], 0, 0
+    for count, length, kept in zip(counts, lengths, keeps, strict=True):
+        keep = length if q is None else kept
+        asked = slice(first_q, first_q + count * keep)
+        rows = slice(first, first + count * length)
+        groups.append((count, length, keep, asked, rows))
+        first_q, first = asked.stop, rows.stop
+    return groups
 
 
 def _split(packed: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -149,7 +155,7 @@ def _shape(queries: Tensor, heads: int, length: int, keep: int, causal: bool) ->
         "D_TILE": tiles[2],
         "SCALE": features**-0.5,
         "CAUSAL": causal,
-        "num_warps": 8 if tiles[0] > 64 else 4,
+        "num_warps": WARPS,
     }
 
 
@@ -157,6 +163,7 @@ def _shape(queries: Tensor, heads: int, length: int, keep: int, causal: bool) ->
 def window_attention(
     packed: Tensor,
     q: Tensor | None,
+    bias: Tensor,
     counts: list[int],
     lengths: list[int],
     keeps: list[int],
@@ -169,6 +176,7 @@ def window_attention(
         packed: ``(sum n s, 3 d)``, queries, keys and values side by side; or ``(sum n s, 2 d)``,
             keys and values, if ``q`` is given.
         q: ``(sum n a, d)``, queries of the last ``a`` tokens of each window.
+        bias: ``(3 d,)``, added to queries, keys and values.
         counts, lengths, keeps: n, s and a of each group; a counts if ``q`` is given.
         heads: attention heads.
         causal: whether a token reads no later one.
@@ -178,13 +186,11 @@ def window_attention(
     """
     queries, kv = _split(packed, q)
     out = queries.new_empty(queries.shape)
-    for count, length, keep, (asked, rows) in zip(
-        counts, lengths, keeps, _groups(packed, q, counts, lengths, keeps), strict=True
-    ):
-        keep = length if q is None else keep
+    for count, length, keep, asked, rows in _groups(q, counts, lengths, keeps):
         forward_kernel[(heads, count)](
             queries[asked],
             kv[rows],
+            bias,
             out[asked],
             queries.stride(0),
             kv.stride(0),
@@ -194,11 +200,9 @@ def window_attention(
 
 
 @window_attention.register_fake
-def _(packed, q, counts, lengths, keeps, heads, causal):  # type: ignore[no-untyped-def]
+def _(packed, q, bias, counts, lengths, keeps, heads, causal):
     return (
-        packed.new_empty(packed.shape[0], packed.shape[1] // 3)
-        if q is None
-        else q.new_empty(q.shape)
+        packed.new_empty(len(packed), packed.shape[1] // 3) if q is None else q.new_empty(q.shape)
     )
 
 
@@ -207,52 +211,56 @@ def window_attention_backward(
     grad: Tensor,
     packed: Tensor,
     q: Tensor | None,
+    bias: Tensor,
     counts: list[int],
     lengths: list[int],
     keeps: list[int],
     heads: int,
     causal: bool,
 ) -> list[Tensor]:
-    """Gradients of ``packed`` and, if it is given, of ``q``."""
+    """Gradients of ``packed``, of ``bias`` and, if it is given, of ``q``."""
     queries, kv = _split(packed, q)
     d_packed = packed.new_empty(packed.shape)
     d_q = None if q is None else q.new_empty(q.shape)
     d_queries, d_kv = _split(d_packed, d_q)
     grad = grad.contiguous()
-    for count, length, keep, (asked, rows) in zip(
-        counts, lengths, keeps, _groups(packed, q, counts, lengths, keeps), strict=True
-    ):
-        keep = length if q is None else keep
+    parts = packed.new_empty(sum(counts), len(bias), dtype=torch.float32)
+    first = 0
+    for count, length, keep, asked, rows in _groups(q, counts, lengths, keeps):
         backward_kernel[(heads, count)](
             queries[asked],
             kv[rows],
+            bias,
             grad[asked],
             d_queries[asked],
             d_kv[rows],
+            parts[first:],
             queries.stride(0),
             kv.stride(0),
-            grad.stride(0),
             **_shape(queries, heads, length, keep, causal),
         )
-    return [d_packed] if d_q is None else [d_packed, d_q]
+        first += count
+    d_bias = parts.sum(0).to(bias.dtype)
+    return [d_packed, d_bias] if d_q is None else [d_packed, d_bias, d_q]
 
 
 @window_attention_backward.register_fake
-def _(grad, packed, q, counts, lengths, keeps, heads, causal):  # type: ignore[no-untyped-def]
-    made = [packed.new_empty(packed.shape)]
+def _(grad, packed, q, bias, counts, lengths, keeps, heads, causal):
+    made = [packed.new_empty(packed.shape), bias.new_empty(bias.shape)]
     return made if q is None else [*made, q.new_empty(q.shape)]
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    packed, q, *rest = inputs
-    ctx.save_for_backward(packed, q)
+def _save(ctx, inputs, output):
+    packed, q, bias, *rest = inputs
+    ctx.save_for_backward(packed, q, bias)
     ctx.rest = rest
 
 
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    packed, q = ctx.saved_tensors
-    made = window_attention_backward(grad, packed, q, *ctx.rest)
-    return made[0], (made[1] if q is not None else None), None, None, None, None, None
+def _backward(ctx, grad):
+    packed, q, bias = ctx.saved_tensors
+    made = window_attention_backward(grad, packed, q, bias, *ctx.rest)
+    d_q = made[2] if q is not None else None
+    return made[0], d_q, made[1], None, None, None, None, None
 
 
 window_attention.register_autograd(_backward, setup_context=_save)

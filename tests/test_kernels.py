@@ -1,0 +1,207 @@
+"""The Triton kernels against plain torch: on a GPU, or on a CPU in Triton's interpreter."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scanlm import ScanLMConfig, ScanLMForCausalLM, gpt2, kernels, loss
+from scanlm.decoder import Decoder
+from scanlm.kernels import cross_entropy, decode, gelu, windows
+from scanlm.loss import IGNORE, rows_loss
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Groups = list[tuple[int, int, int]]
+
+
+@pytest.fixture
+def kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use the kernels whatever the device and the precision."""
+    monkeypatch.setattr(kernels, "usable", lambda x: True)
+    monkeypatch.setattr(gpt2, "windows", windows, raising=False)
+    monkeypatch.setattr(gpt2, "gelu", gelu, raising=False)
+    monkeypatch.setattr(loss, "cross_entropy", cross_entropy, raising=False)
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=DEVICE)
+
+
+def plain_attention(
+    packed: Tensor, q: Tensor | None, bias: Tensor, groups: Groups, heads: int, causal: bool
+) -> Tensor:
+    """The definition, window by window."""
+    d = len(bias) // 3
+    if q is None:
+        q_all, k_all, v_all = (packed + bias).split(d, dim=1)
+    else:
+        q_all = q + bias[:d]
+        k_all, v_all = (packed + bias[d:]).split(d, dim=1)
+    outputs, at_q, at = [], 0, 0
+    for n, s, a in groups:
+        asking = s if q is None else a
+        for _ in range(n):
+            qs, ks, vs = q_all[at_q : at_q + asking], k_all[at : at + s], v_all[at : at + s]
+            at_q, at = at_q + asking, at + s
+            for head in range(heads):
+                part = slice(head * d // heads, (head + 1) * d // heads)
+                score = qs[:, part] @ ks[:, part].T / math.sqrt(d // heads)
+                if causal:
+                    seen = torch.ones(asking, s, dtype=torch.bool, device=DEVICE).tril(s - asking)
+                    score = score.masked_fill(~seen, -math.inf)
+                outputs.append(score.softmax(1) @ vs[:, part])
+    rows = [torch.cat(outputs[i : i + heads], 1) for i in range(0, len(outputs), heads)]
+    return torch.cat(rows)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    difference = (actual.double() - expected.double()).norm()
+    assert difference <= tolerance * expected.double().norm()
+
+
+SHAPES: list[tuple[Groups, int, int]] = [
+    ([(2, 8, 8), (3, 16, 8)], 2, 16),  # (windows, tokens, asking), heads, features of a head
+    ([(1, 12, 12), (2, 24, 12), (1, 20, 8)], 3, 24),
+    ([(1, 128, 64)], 1, 64),
+    ([(2, 6, 6)], 1, 8),
+]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_in_windows(shape: tuple[Groups, int, int], apart: bool, causal: bool) -> None:
+    groups, heads, features = shape
+    d = heads * features
+    torch.manual_seed(0)
+    packed = randn(sum(n * s for n, s, _ in groups), (2 if apart else 3) * d).requires_grad_()
+    q = randn(sum(n * a for n, _, a in groups), d).requires_grad_() if apart else None
+    bias = randn(3 * d).requires_grad_()
+    counts, lengths, keeps = (list(column) for column in zip(*groups, strict=True))
+    out = windows.window_attention(packed, q, bias, counts, lengths, keeps, heads, causal)
+    inputs = [x for x in (packed, q, bias) if x is not None]
+    expected = plain_attention(packed, q, bias, groups, heads, causal)
+    grad = torch.randn_like(out)
+    close(out, expected)
+    for mine, theirs in zip(
+        torch.autograd.grad(out, inputs, grad),
+        torch.autograd.grad(expected, inputs, grad),
+        strict=True,
+    ):
+        close(mine, theirs)
+
+
+@pytest.mark.parametrize(("rows", "n"), [(1, 8), (37, 300), (130, 512)])
+def test_bias_and_gelu(rows: int, n: int) -> None:
+    torch.manual_seed(0)
+    x, bias = (3 * randn(rows, n)).requires_grad_(), randn(n).requires_grad_()
+    out = gelu.bias_gelu(x, bias)
+    expected = F.gelu(x + bias, approximate="tanh")
+    grad = torch.randn_like(out)
+    close(out, expected)
+    for mine, theirs in zip(
+        torch.autograd.grad(out, (x, bias), grad),
+        torch.autograd.grad(expected, (x, bias), grad),
+        strict=True,
+    ):
+        close(mine, theirs)
+
+
+@pytest.mark.parametrize("vocab_size", [5, 300, 5000])
+def test_loss_of_rows(vocab_size: int, kernels_everywhere: None) -> None:
+    torch.manual_seed(0)
+    columns = -(-vocab_size // 64) * 64
+    logits = 5 * randn(6, columns)
+    logits[:, vocab_size:] = 50.0  # what is beyond the vocabulary must not matter
+    targets = torch.randint(vocab_size, (6,), device=DEVICE)
+    targets[2] = IGNORE
+    exact = logits[:, :vocab_size].double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, ignore_index=IGNORE, reduction="none")
+    (expected_grad,) = torch.autograd.grad(expected.sum(), exact)
+    losses, grad = rows_loss(logits, targets, vocab_size, True)
+    close(losses, expected)
+    close(grad[:, :vocab_size], expected_grad)
+    assert not grad[:, vocab_size:].any()
+    assert not grad[2].any()
+    alone, nothing = rows_loss(logits, targets, vocab_size, False)
+    assert torch.equal(alone, losses)
+    assert nothing.numel() == 0
+
+
+def build(**overrides: Any) -> ScanLMForCausalLM:
+    fields: dict[str, Any] = {
+        "vocab_size": 101,
+        "n_embd": 32,
+        "n_head": 2,
+        "chunk_size": 8,
+        "t2_layers": 2,
+        "n_positions": 64,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+    torch.manual_seed(0)
+    model = ScanLMForCausalLM(ScanLMConfig(**{**fields, **overrides}))
+    with torch.no_grad():  # biases are zero at first, and would hide a mistake
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.to(DEVICE)
+
+
+def loss_and_gradients(model: ScanLMForCausalLM, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    value = model(ids, labels=ids, return_logits=False).loss
+    return value, list(torch.autograd.grad(value, list(model.parameters())))
+
+
+@pytest.mark.parametrize("overrides", [{}, {"t1_layers": 2, "t1_causal": True, "leaf_norm": False}])
+@pytest.mark.parametrize("tokens", [30, 40])
+def test_a_model_with_kernels_is_the_plain_model(
+    tokens: int, overrides: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    model = build(**overrides).train()
+    ids = torch.randint(101, (2, tokens), device=DEVICE)
+    expected, expected_grads = loss_and_gradients(model, ids)
+    request.getfixturevalue("kernels_everywhere")
+    actual, grads = loss_and_gradients(model, ids)
+    close(actual, expected)
+    for mine, theirs in zip(grads, expected_grads, strict=True):
+        close(mine, theirs, 2e-5)
+
+
+def test_dropout_of_attention_weights_is_not_skipped(
+    kernels_everywhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> Tensor:
+        raise AssertionError("the kernel has no dropout")
+
+    monkeypatch.setattr(windows, "window_attention", refuse)
+    model = build(attn_pdrop=0.5).train()
+    ids = torch.randint(101, (1, 20), device=DEVICE)
+    assert torch.isfinite(model(ids, labels=ids).loss)
+    with pytest.raises(AssertionError, match="no dropout"):
+        model.eval()(ids)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    "overrides", [{}, {"position_embedding": "chunk", "n_embd": 48, "n_head": 3, "chunk_size": 6}]
+)
+def test_decoding_kernels_give_the_logits_of_the_model(
+    batch: int, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "PROGRAMS", 4)  # the interpreter runs them one by one
+    model = build(**overrides).eval()
+    ids = torch.randint(101, (batch, 22), device=DEVICE)
+    decoder = Decoder(model, batch, graphs=False, fused=True)
+    assert isinstance(decoder.step_module, decode.FusedStep)
+    with torch.no_grad():
+        expected = model(ids).logits
+        decoder.load(model(ids[:, :9], use_cache=True).past_key_values)
+    for i in range(9, 22):
+        close(decoder.feed(ids[:, i]), expected[:, i])
+    decoder.buffers.token.copy_(ids[:, -1])
+    decoder.step()
+    assert torch.equal(decoder.buffers.token, decoder.buffers.logits.argmax(-1))

@@ -32,8 +32,9 @@ from scanlm.decode_step import Buffers, Rows, TorchStep
 from scanlm.sampling import Sampling
 
 VECTOR_TILE = 8192  # weights a program of the vector path reads at once
-VECTOR_WARPS = 4
-BLOCK_N, BLOCK_K = 32, 128  # of the matrix path
+VECTOR_WARPS = 8
+BLOCK_N, BLOCK_K, STAGES = 32, 128, 3  # of the matrix path
+HEAD_BLOCK_N = 128  # of products with so many features that every processor has several blocks
 PROGRAMS = 144  # how many programs a product should have: a few more than there are processors
 FILL_ROWS = 1024  # above so many rows of prefixes plain matrix products are faster
 VOCABULARY_BLOCK = 1024  # logits that one program compares
@@ -659,7 +660,8 @@ class FusedStep(TorchStep):
         part = triton.cdiv(triton.cdiv(k, wanted), BLOCK_K) * BLOCK_K
         parts = triton.cdiv(k, part)
         block = self._block_m(rows)
-        matrix_kernel[(triton.cdiv(n, BLOCK_N), triton.cdiv(rows, block), parts)](
+        block_n = BLOCK_N if n < PROGRAMS * HEAD_BLOCK_N else HEAD_BLOCK_N
+        matrix_kernel[(triton.cdiv(n, block_n), triton.cdiv(rows, block), parts)](
             x,
             weight,
             bias if bias is not None else x,
@@ -671,10 +673,10 @@ class FusedStep(TorchStep):
             BIAS=bias is not None,
             GELU=gelu,
             B_M=block,
-            B_N=BLOCK_N,
+            B_N=block_n,
             B_K=BLOCK_K,
             num_warps=4,
-            num_stages=3,
+            num_stages=STAGES,
             **self._launch(),
         )
         return parts

@@ -7,6 +7,7 @@ a GPU, and only when one of its families is asked for.
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from functools import cache
 from importlib import import_module
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from scanlm.errors import ScanLMError
+from scanlm.provenance import FLA_CONFIGS
 from scanlm.recurrent_model import INSTALL, LossAndLogits, add_dropout, register
 
 # model type: our module with plain torch; both name their classes alike
@@ -87,9 +89,34 @@ def no_kernel_advice() -> None:
 
 
 @cache
+def limit_search(most: str) -> None:
+    """Let kernels that are defined from now on try at most so many of their configurations.
+
+    Raises:
+        ScanLMError: not a number >= 1.
+    """
+    if not most.isdecimal() or int(most) < 1:
+        raise ScanLMError(f"{FLA_CONFIGS}={most!r}: expected a number >= 1, or leave it unset")
+    from triton.runtime.autotuner import Autotuner
+
+    given, count = Autotuner.__init__, int(most)
+
+    def init(self: Any, fn: Any, arg_names: Any, configs: Any, *args: Any, **kwargs: Any) -> None:
+        if configs and (n := len(configs)) > count:
+            configs = [configs[(2 * i + 1) * n // (2 * count)] for i in range(count)]
+        given(self, fn, arg_names, configs, *args, **kwargs)
+
+    Autotuner.__init__ = init
+
+
+@cache
 def _import_fla(model_type: str) -> Any:
     try:
+        if FLA_CONFIGS in os.environ:
+            limit_search(os.environ[FLA_CONFIGS])
         return import_module(f"fla.models.{model_type}")
+    except ScanLMError:
+        raise
     # with a mismatched triton it raises whatever triton does
     except Exception as error:
         raise ScanLMError(

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "scanlm", "accelerate", "flash-linear-attention", "triton")
+# how many configurations of each of fla's kernels are tried: it decides their speed, and trying all
+# of them takes minutes, once on every machine
+FLA_CONFIGS = "SCANLM_FLA_CONFIGS"
 
 
 def command() -> str:
@@ -34,6 +37,8 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
         found["fla" if package == "flash-linear-attention" else package] = version
+    if "fla" in found and FLA_CONFIGS in os.environ:
+        found["fla_configs"] = os.environ[FLA_CONFIGS]
     return found
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from scanlm import baselines
+from scanlm import baselines, fused
 from scanlm.baselines import (
     ModelEntry,
     build_model,
@@ -321,3 +321,25 @@ def test_a_stream_in_pieces_is_the_whole(model: str) -> None:
             logits.append(out.logits)
         whole = net(ids).logits
     torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("most", "kept"), [("1", [6]), ("3", [2, 6, 10]), ("40", range(12))])
+def test_the_search_for_kernel_configurations_can_be_limited(
+    monkeypatch: pytest.MonkeyPatch, most: str, kept: list[int]
+) -> None:
+    triton = pytest.importorskip("triton")
+    from triton.runtime.autotuner import Autotuner
+
+    monkeypatch.setattr(Autotuner, "__init__", Autotuner.__init__)  # put back afterwards
+    fused.limit_search.cache_clear()
+    fused.limit_search(most)
+    configs = [triton.Config({"SIZE": size}) for size in range(12)]
+    kernel = triton.autotune(configs, key=[])(triton.jit(lambda x: None))
+    assert [config.kwargs["SIZE"] for config in kernel.configs] == list(kept)
+    fused.limit_search.cache_clear()
+
+
+@pytest.mark.parametrize("most", ["0", "few", ""])
+def test_a_wrong_limit_is_refused(most: str) -> None:
+    with pytest.raises(ScanLMError, match=f"SCANLM_FLA_CONFIGS='{most}': expected a number >= 1"):
+        fused.limit_search(most)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # logits that a program holds at once
+BLOCK = 2048  # logits that a program holds at once
 
 
 @triton.jit

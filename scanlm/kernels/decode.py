@@ -33,7 +33,7 @@ from scanlm.sampling import Sampling
 
 VECTOR_TILE = 8192  # weights a program of the vector path reads at once
 VECTOR_WARPS = 8
-BLOCK_N, BLOCK_K, STAGES = 32, 128, 3  # of the matrix path
+BLOCK_N, BLOCK_K, STAGES = 16, 64, 8  # of the matrix path
 HEAD_BLOCK_N = 128  # of products with so many features that every processor has several blocks
 PROGRAMS = 144  # how many programs a product should have: a few more than there are processors
 FILL_ROWS = 1024  # above so many rows of prefixes plain matrix products are faster

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS, STEP = 128, 256, 16  # of a program, and rows it holds at once
+ROWS, COLUMNS, STEP = 64, 512, 16  # of a program, and rows it holds at once
 
 
 @triton.jit

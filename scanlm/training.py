@@ -533,10 +533,9 @@ def describe(settings: TrainingSettings) -> dict[str, Any]:
 
 def equivalent_command(settings: TrainingSettings) -> str:
     """A ``scanlm train`` command for these settings that names no preset."""
-    import json
     import shlex
 
-    from scanlm.values import parse_value
+    from scanlm.values import format_value
 
     without = resolve_settings(settings.model, None, {"corpus": settings.corpus}).model_dump()
     values = settings.model_dump(exclude={"model", "corpus", "config"})
@@ -544,9 +543,7 @@ def equivalent_command(settings: TrainingSettings) -> str:
     pairs += [(f"config.{name}", value) for name, value in settings.config.items()]
     words = ["scanlm", "train", settings.model, "--corpus", settings.corpus]
     for name, value in pairs:
-        # a text that would be read as something else is quoted
-        plain = isinstance(value, str) and parse_value(value) == value
-        words += ["--set", f"{name}={value if plain else json.dumps(value)}"]
+        words += ["--set", f"{name}={format_value(value)}"]
     return shlex.join(words)
 
 

@@ -88,7 +88,7 @@ def test_overrides_reach_stages_and_config() -> None:
         ("stages.9.lr=1", "no stage '9'"),
         ("stages.0.lr=-1", "greater than 0"),
         ("stories=10", "fewer than the batch"),
-        ("seed", "not key=value"),
+        ("seed", "expected key=value"),
     ],
 )
 def test_wrong_settings_are_one_clear_line(change: str, message: str) -> None:

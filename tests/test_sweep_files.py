@@ -1,4 +1,4 @@
-"""The jobs files of the S5 runs: what issue and README promise is in them and can be built."""
+"""The committed sweep files: each can be planned, and what issue and README promise is in it."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,16 +6,21 @@ from pathlib import Path
 import pytest
 
 from scanlm.baselines import build_model
-from scanlm.curriculum import _read_jobs
 from scanlm.curriculum_settings import StateTrackingSettings, preset_settings
 from scanlm.curriculum_step import build_model as build
+from scanlm.sweeps.files import read_sweep
+from scanlm.sweeps.plans import SweepRun, plan
 
-FOLDER = Path(__file__).parent.parent / "notebooks" / "jobs" / "04_s5_state_tracking"
+FOLDER = Path(__file__).parent.parent / "notebooks" / "sweeps"
 FILES = sorted(FOLDER.glob("*.yaml"))
 
 
+def runs(name: str) -> list[SweepRun]:
+    return plan(read_sweep(FOLDER / f"{name}.yaml"))
+
+
 def jobs(name: str) -> list[StateTrackingSettings]:
-    return _read_jobs(FOLDER / f"{name}.yaml")
+    return [run.settings for run in runs(f"s5_{name}") if run.settings is not None]
 
 
 def tokens(settings: StateTrackingSettings) -> int:
@@ -27,10 +32,13 @@ def without_seed(settings: StateTrackingSettings) -> str:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_no_run_is_listed_twice(path: Path) -> None:
-    listed = Counter(settings.model_dump_json() for settings in _read_jobs(path))
-    assert listed
-    assert set(listed.values()) == {1}
+def test_a_file_says_what_it_is_and_how_it_is_run(path: Path) -> None:
+    comment = path.read_text().partition("run: ")[0]
+    assert comment.startswith("# ")
+    assert f"#   scanlm sweep notebooks/sweeps/{path.name}" in comment
+    content = read_sweep(path)
+    assert content.description
+    assert len(plan(content)) > 1  # which refuses a run that is listed twice
 
 
 def test_the_scan_model_runs_with_five_seeds() -> None:

@@ -8,8 +8,10 @@ import pytest
 from scanlm.baselines import build_model
 from scanlm.curriculum_settings import StateTrackingSettings, preset_settings
 from scanlm.curriculum_step import build_model as build
+from scanlm.settings import TrainingSettings, resolve_settings
 from scanlm.sweeps.files import read_sweep
 from scanlm.sweeps.plans import SweepRun, plan
+from scanlm.values import parse_assignments
 
 FOLDER = Path(__file__).parent.parent / "notebooks" / "sweeps"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -21,6 +23,14 @@ def runs(name: str) -> list[SweepRun]:
 
 def jobs(name: str) -> list[StateTrackingSettings]:
     return [run.settings for run in runs(f"s5_{name}") if run.settings is not None]
+
+
+def training(run: SweepRun) -> TrainingSettings:
+    """The settings that the run's command gives."""
+    word, model, option, corpus, *sets = run.words
+    assert (word, option) == ("train", "--corpus")
+    assert set(sets[::2]) == {"--set"}
+    return resolve_settings(model, None, {"corpus": corpus} | parse_assignments(sets[1::2]))
 
 
 def tokens(settings: StateTrackingSettings) -> int:
@@ -100,3 +110,48 @@ def test_every_ablation_builds() -> None:
         if settings.seed == 0:
             config = settings.config | narrow
             build(settings.model_copy(update={"config": config}))
+
+
+def test_the_comparison_trains_eight_models_on_the_same_tokens() -> None:
+    listed = runs("comparison")
+    settings = [training(run) for run in listed]
+    assert [s.model for s in settings] == [
+        *(f"scanlm_base_c{size}" for size in (32, 64, 128, 256)),
+        "gpt2_small_wikitext103_nodrop",
+        "window_gpt2_small",
+        "gla_170M",
+        "gated_deltanet_170M",
+    ]
+    assert {run.sizes["tokens"] for run in listed} == {63_897_600}
+    own = {"model", "lr", "compile"}
+    assert len({s.model_dump_json(exclude=own) for s in settings}) == 1
+    assert (settings[0].corpus, settings[0].tokenizer) == ("./enwiki2019", "./gpt2")
+    assert (settings[0].experiment, settings[0].dropout) == ("enwiki2019", 0)
+    assert [s.compile for s in settings] == [True] * 6 + [False] * 2
+    assert all(124e6 < run.sizes["num_parameters"] < 191e6 for run in listed)
+
+
+def test_the_search_covers_every_family_of_the_comparison() -> None:
+    def compiled(name: str) -> dict[str, bool]:
+        return {s.model: s.compile for s in map(training, runs(name))}
+
+    listed = [training(run) for run in runs("comparison_lr")]
+    rates = Counter((s.model, s.lr) for s in listed)
+    assert set(rates.values()) == {1}
+    families = {"scanlm_base_c64"} | {m for m in compiled("comparison") if "scanlm" not in m}
+    assert {model for model, _ in rates} == families
+    assert {lr for _, lr in rates} == {3e-4, 6e-4, 1e-3, 2e-3}
+    assert compiled("comparison_lr").items() <= compiled("comparison").items()
+    assert {s.experiment for s in listed} == {"enwiki2019_lr"}  # never mixed with the comparison
+
+
+def test_the_small_study_has_models_of_one_size_and_three_seeds() -> None:
+    listed = runs("small_seeds")
+    sizes = {training(run).model: run.sizes["num_parameters"] for run in listed}
+    assert len(sizes) == 5
+    assert max(sizes.values()) < 1.05 * min(sizes.values())
+    assert all(20e6 < size < 30e6 for size in sizes.values())
+    assert Counter(training(run).model for run in listed) == dict.fromkeys(sizes, 3)
+    assert {training(run).seed for run in listed} == {0, 1, 2}
+    text = (FOLDER / "small_seeds.yaml").read_text()
+    assert all(f"{model}  # {size:,}" in text for model, size in sizes.items())

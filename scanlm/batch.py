@@ -77,7 +77,7 @@ def notebook_parameters(notebook: str | Path) -> dict[str, Any]:
         inspected = papermill.inspect_notebook(str(notebook))
     # nbformat raises its own exceptions, json's and jsonschema's
     except Exception as error:
-        raise ScanLMError(f"{notebook} is not a notebook: {_last_line(error)}") from error
+        raise ScanLMError(f"{notebook} is not a notebook: {last_line(error)}") from error
     return {name: _literal(found["default"]) for name, found in inspected.items()}
 
 
@@ -161,7 +161,7 @@ def run_notebook(
 
     notebook = find_notebook(name)
     values = resolve_parameters(notebook, preset, parameters)
-    done = Path(output) if output is not None else _default_output(notebook, preset, parameters)
+    done = Path(output) if output is not None else default_output(notebook, preset, parameters)
     if done.suffix != ".ipynb":
         raise ScanLMError(f"output {str(done)!r} must end in .ipynb")
     if done.resolve() == notebook:
@@ -187,7 +187,7 @@ def run_notebook(
             cwd=str(notebook.parent),
         )
     except PapermillExecutionError as error:
-        what = f"{error.ename}: {_last_line(error.evalue)}".rstrip(": ")
+        what = f"{error.ename}: {last_line(error.evalue)}".rstrip(": ")
         line = f"notebook {notebook.stem}, cell [{error.exec_count}]: {what} (see {partial})"
         raise (ScanLMError if error.ename == "ScanLMError" else NotebookFailed)(line) from error
     except DeadKernelError as error:
@@ -226,9 +226,10 @@ def _kernel_manager() -> Any:
     return ThisPython
 
 
-def _default_output(
+def default_output(
     notebook: Path, preset: str | Path | None, parameters: Mapping[str, Any] | None
 ) -> Path:
+    """Where ``run_notebook`` puts the executed notebook unless it is told."""
     parts = [notebook.stem]
     if preset is not None:
         parts.append(Path(preset).stem)
@@ -259,7 +260,8 @@ def _fits(value: Any, default: Any) -> bool:
     return isinstance(value, type(default))
 
 
-def _last_line(error: object) -> str:
+def last_line(error: object) -> str:
+    """What an error, or an output of several lines, says in the end; without colours."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

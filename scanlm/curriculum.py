@@ -1,7 +1,5 @@
 """Length curriculum for state tracking: several runs side by side, recorded and resumable.
 
-    python -m scanlm.curriculum --preset paper --seeds 0,1,2 --max-seconds 500 --out data/runs
-
 A run goes through stages of growing length. Every ``log_every`` steps it is validated on new words;
 a stage ends when that passes its threshold or when its steps are used up, and the record says
 which. The next stage starts from the same weights and optimiser state, with its own learning rate,
@@ -21,11 +19,9 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-import typer
-import yaml
 
 from scanlm.curriculum_settings import (
     PRESETS,
@@ -36,6 +32,7 @@ from scanlm.curriculum_settings import (
 )
 from scanlm.curriculum_step import Learner
 from scanlm.errors import ScanLMError, nearest
+from scanlm.interrupts import held_interrupts
 from scanlm.length_evaluation import (
     PRECISIONS,
     LengthEvaluation,
@@ -44,6 +41,7 @@ from scanlm.length_evaluation import (
     position_limit,
     reach,
 )
+from scanlm.records import Run, run_id
 
 __all__ = [
     "PRESETS",
@@ -56,6 +54,7 @@ __all__ = [
     "open_run",
     "preset_settings",
     "reach",
+    "record_folder",
     "train",
     "train_many",
 ]
@@ -79,10 +78,19 @@ class Record(Protocol):
 
 def open_run(settings: StateTrackingSettings, root: str | Path = "data/runs") -> Record:
     """The record of these settings: the one that exists (to go on with), or a new one."""
-    from scanlm.records import Run
+    return Run.create(
+        settings.experiment, settings.model, _parameters(settings), settings.seed, root=root
+    )
 
-    parameters = settings.model_dump(mode="json", exclude={"model", "seed"})
-    return Run.create(settings.experiment, settings.model, parameters, settings.seed, root=root)
+
+def record_folder(settings: StateTrackingSettings, root: str | Path = "data/runs") -> Path:
+    """The folder of that record, whether it is there or not."""
+    identity = run_id(settings.model, _parameters(settings), settings.seed)
+    return Path(root) / settings.experiment / identity
+
+
+def _parameters(settings: StateTrackingSettings) -> dict[str, Any]:
+    return settings.model_dump(mode="json", exclude={"model", "seed"})
 
 
 class _Trainee:
@@ -302,6 +310,7 @@ def train_many(
     Raises:
         ScanLMError: a setting is out of range, or a checkpoint is of another curriculum. Nothing
             has been trained then.
+        KeyboardInterrupt: once the steps that had begun are done and every run is saved.
     """
     for entry in settings:
         entry.check()
@@ -318,21 +327,20 @@ def train_many(
 
     opened = list(records) if records is not None else [open_run(s, root) for s in settings]
     with torch.random.fork_rng(devices=[]):
-        trainees = [
-            _Trainee(entry, record, chosen)
-            for entry, record in zip(settings, opened, strict=True)
-            if not (record.folder / "summary.json").exists()
-        ]
-        begun = {id(t): t.learner.step for t in trainees}
-        saved_at = time.perf_counter()
-        interrupted = False
-        try:
+        with held_interrupts() as interrupted:
+            trainees = [
+                _Trainee(entry, record, chosen)
+                for entry, record in zip(settings, opened, strict=True)
+                if not (record.folder / "summary.json").exists()
+            ]
+            begun = {id(t): t.learner.step for t in trainees}
+            saved_at = time.perf_counter()
             active = [t for t in trainees if not t.trained]
-            while active and not time_is_up():
+            while active and not (time_is_up() or interrupted()):
                 for t in active:
-                    if not t.queued:
+                    if not (t.queued or interrupted()):
                         t.queue()
-                    if t.ready():
+                    if t.queued and t.ready():
                         stage = t.stage_index
                         t.collect()
                         if t.diverged or t.stage_index > stage:
@@ -346,11 +354,11 @@ def train_many(
                 if time.perf_counter() - saved_at > checkpoint_seconds:
                     _save_all(trainees)
                     saved_at = time.perf_counter()
-        except KeyboardInterrupt:
-            interrupted = True
-        _save_all(trainees)
+            _save_all(trainees)
+            if interrupted():
+                raise KeyboardInterrupt
         for t in trainees:
-            if t.trained and not (interrupted or time_is_up()):
+            if t.trained and not time_is_up():
                 t.finish(save_weights)
                 say(f"{_state(t)}; evaluated")
     return opened
@@ -380,73 +388,3 @@ def _state(t: _Trainee) -> str:
 def train(settings: StateTrackingSettings, **options: Any) -> Record:
     """One run; ``options`` as of ``train_many``."""
     return train_many([settings], **options)[0]
-
-
-def _read_jobs(path: Path) -> list[StateTrackingSettings]:
-    """Runs of a YAML list, each entry with ``preset``, ``seeds`` and ``set`` (key: value)."""
-    try:
-        listed = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ScanLMError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(listed, list) or not all(isinstance(job, dict) for job in listed):
-        raise ScanLMError(f"{path}: expected a YAML list of {{preset, seeds, set}}")
-    jobs = []
-    for job in listed:
-        unknown = set(job) - {"preset", "seeds", "set"}
-        if unknown:
-            name = min(unknown)
-            hint = nearest(name, ("preset", "seeds", "set"))
-            raise ScanLMError(f"{path}: unknown key {name!r}.{hint}")
-        changes = [
-            f"{k}={yaml.safe_dump(v, default_flow_style=True).removesuffix('...' + chr(10))}"
-            for k, v in job.get("set", {}).items()
-        ]
-        for seed in job.get("seeds", [0]):
-            jobs.append(preset_settings(job.get("preset", "paper"), changes, seed=seed))
-    return jobs
-
-
-def main(
-    preset: Annotated[str, typer.Option(help="paper, original, laptop or smoke")] = "paper",
-    seeds: Annotated[str, typer.Option(help="e.g. 0,1,2: one run each, side by side")] = "0",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, e.g. stages.-1.max_steps=30000")
-    ] = None,
-    jobs: Annotated[
-        Path | None, typer.Option(help="YAML list of {preset, seeds, set} instead, side by side")
-    ] = None,
-    max_seconds: Annotated[float | None, typer.Option(help="stop and save after this time")] = None,
-    out: Annotated[Path, typer.Option(help="folder of the records")] = Path("data/runs"),
-    save_weights: Annotated[str, typer.Option(help="of finished runs: none, bf16, fp32")] = "none",
-    device: Annotated[str | None, typer.Option(help="default: the GPU if there is one")] = None,
-) -> None:
-    """Train the state-tracking curriculum, several runs side by side.
-
-    \b
-    Example:
-      scanlm curriculum --preset smoke --seeds 0,1 --set ema=0.99
-    """
-    try:
-        if jobs is not None:
-            settings = _read_jobs(jobs)
-        else:
-            words = seeds.replace(",", " ").split()
-            if not words or not all(word.isdecimal() for word in words):
-                raise ScanLMError(f"seeds={seeds!r}: expected numbers, e.g. 0,1,2")
-            numbers = [int(word) for word in words]
-            settings = [preset_settings(preset, set_ or (), seed=seed) for seed in numbers]
-        train_many(
-            settings,
-            root=out,
-            device=device,
-            max_seconds=max_seconds,
-            save_weights=save_weights,
-            progress=lambda line: typer.echo(line),
-        )
-    except ScanLMError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from None
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from itertools import pairwise
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scanlm.errors import ScanLMError, nearest
 from scanlm.groups import get_group
 from scanlm.length_evaluation import LENGTHS
+from scanlm.values import parse_assignments
 
 TOKENS_PER_BATCH, LARGEST_BATCH = 4096, 1024
 
@@ -225,39 +225,28 @@ def make_settings(values: dict[str, Any]) -> StateTrackingSettings:
     return settings
 
 
-def preset_settings(preset: str, overrides: Iterable[str] = (), **values: Any) -> Any:
+def preset_settings(
+    preset: str, overrides: Mapping[str, Any] | Iterable[str] = (), **values: Any
+) -> StateTrackingSettings:
     """A preset with changes.
 
     Args:
         preset: "paper", "original", "laptop" or "smoke".
-        overrides: ``key=value`` with dotted keys: ``ema=0.999``, ``config.n_embd=128``,
-            ``stages.-1.max_steps=30000`` (a stage by index), ``stages.*.dropout=0`` (all).
+        overrides: values by dotted keys, or ``key=value`` texts: ``ema=0.999``,
+            ``config.n_embd=128``, ``stages.-1.max_steps=30000`` (a stage by index),
+            ``stages.*.dropout=0`` (all). Whole settings (no dot) are set before parts of them.
         values: whole settings by name, e.g. ``seed=1``.
-
-    Returns:
-        ``StateTrackingSettings``.
 
     Raises:
         ScanLMError: unknown preset or setting, a value out of range.
     """
     if preset not in PRESETS:
         raise ScanLMError(f"unknown preset {preset!r}.{nearest(preset, PRESETS)}")
-    plain: dict[str, Any] = yaml.safe_load(yaml.safe_dump(PRESETS[preset]))
-    plain |= values
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ScanLMError(f"{override!r} is not key=value, e.g. ema=0.999")
-        _assign(plain, key.strip().split("."), _parse(text), override)
+    changes = overrides if isinstance(overrides, Mapping) else parse_assignments(overrides)
+    plain = deepcopy(PRESETS[preset]) | values
+    for key, value in sorted(changes.items(), key=lambda change: "." in change[0]):
+        _assign(plain, key.split("."), deepcopy(value), f"{key}={value!r:.60}")
     return make_settings(plain)
-
-
-def _parse(text: str) -> Any:
-    value = yaml.safe_load(text)
-    # YAML 1.1 reads 1e-4 as a word
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)
-    return value
 
 
 def _assign(target: Any, path: list[str], value: Any, override: str) -> None:

@@ -41,7 +41,7 @@ _PRIVATE = re.compile(r"(?<![^\s=\"'(,\[])(?:~|[A-Za-z]:(?=[\\/]))?(?:[\\/][^\s\
 
 def run_id(model: str, parameters: Mapping[str, Any], seed: int) -> str:
     """``<model>-s<seed>-<8 hex of the parameters>``: the same settings find their run again."""
-    text = json.dumps(_plain(parameters), sort_keys=True)
+    text = json.dumps(plain(parameters), sort_keys=True)
     safe = re.sub(r"[^\w.-]+", "-", model).strip("-.") or "model"
     return f"{safe}-s{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -103,7 +103,7 @@ class Run:
             "run_id": folder.name,
             "experiment": experiment,
             "model": model,
-            "parameters": _plain(parameters),
+            "parameters": plain(parameters),
             "seed": seed,
             "command": command(),
             **git_state(),
@@ -171,7 +171,7 @@ class Run:
     def log(self, name: str, value: float, **axes: Any) -> None:
         """Append one metric: a number and the axes that apply (``step``, ``tokens``, ...)."""
         self._check_open()
-        line = json.dumps({"name": name, **_encode(float(value)), **_plain(axes)})
+        line = json.dumps({"name": name, **_encode(float(value)), **plain(axes)})
         path = self.folder / METRICS_FILE
         if not self._repaired:
             _drop_partial_line(path)
@@ -192,7 +192,7 @@ class Run:
         """Write the final figures and how the run ended."""
         self._check_open()
         _check_status(status)
-        _write(self.folder / SUMMARY_FILE, _dump(_plain(summary)))
+        _write(self.folder / SUMMARY_FILE, _dump(plain(summary)))
         self._end(status)
 
     def fail(self, status: str, message: str) -> None:
@@ -205,7 +205,7 @@ class Run:
     def update(self, **parameters: Any) -> None:
         """Add facts that are known only later to ``run.json`` (not part of the run's identity)."""
         self._check_open()
-        self.info.update(_plain(parameters))
+        self.info.update(plain(parameters))
         self._write_info()
 
     def _end(self, status: str) -> None:
@@ -432,16 +432,16 @@ def _dump(content: Any) -> str:
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value in JSON's types; numbers of numpy and torch as numbers, not finite ones as text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if value is None or isinstance(value, str | bool | int):
         return value
     if not isinstance(value, float) and hasattr(value, "item"):
-        return _plain(value.item())
+        return plain(value.item())
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(value)
     return str(value)
@@ -486,4 +486,13 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-__all__ = ["STATUSES", "Run", "export", "read_metrics", "read_runs", "run_id", "source_line"]
+__all__ = [
+    "STATUSES",
+    "Run",
+    "export",
+    "plain",
+    "read_metrics",
+    "read_runs",
+    "run_id",
+    "source_line",
+]

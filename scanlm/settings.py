@@ -157,7 +157,8 @@ def resolve_settings(
         model: registry id, or path of a YAML file.
         preset: one of ``PRESETS``.
         overrides: ``lr`` or ``training.lr`` for a setting, ``config.chunk_size`` for a field of
-            the model's configuration (``scanlm.values`` reads them from a command line).
+            the model's configuration (``scanlm.values`` reads them from a command line); ``config``
+            holds several fields, and ``config.<field>`` wins over it.
 
     Raises:
         ScanLMError: an unknown model, preset or key (with the nearest), or a value out of range.
@@ -169,9 +170,12 @@ def resolve_settings(
         raise ScanLMError(f"unknown preset {preset!r}.{nearest(preset, PRESETS)}")
     explicit: dict[str, Any] = {}
     config: dict[str, Any] = {}
+    fields: Any = {}
     for key, value in (overrides or {}).items():
         place, dot, name = key.partition(".")
-        if not dot:
+        if key == "config":
+            fields = value
+        elif not dot:
             explicit[key] = value
         elif place == "training":
             explicit[name] = value
@@ -183,6 +187,9 @@ def resolve_settings(
         preset = "embedded"
     chosen = PRESETS[preset] if preset is not None else {}
     merged = {**entry.training, **chosen, **explicit, "model": str(model)}
+    if not isinstance(fields, Mapping):
+        raise ScanLMError(f"config={fields!r}: expected fields of the model and their values")
+    config = {**fields, **config}
     _check_config_keys(entry, config)
     return TrainingSettings(**merged, **({"config": config} if config else {}))
 
@@ -196,7 +203,7 @@ def _check_config_keys(entry: Any, config: Mapping[str, Any]) -> None:
     known = set(build_model(entry, device="meta").config.to_dict()) | set(entry.config)
     for name in config:
         if name not in known:
-            raise ScanLMError(f"unknown setting 'config.{name}'.{nearest(name, known)}")
+            raise ScanLMError(f"unknown setting 'config.{name}'.{nearest(str(name), known)}")
 
 
 def _one_line(error: ValidationError) -> str:

@@ -11,6 +11,7 @@ import atexit
 import importlib.util
 import math
 import os
+import shlex
 import shutil
 import time
 import warnings
@@ -52,6 +53,7 @@ from scanlm.scoring import (
 from scanlm.settings import PRESETS, TrainingSettings, resolve_settings
 from scanlm.streams import StreamedBlocks
 from scanlm.trainer import Diverged, ExactTrainer, OrderedBlocks, saved_steps
+from scanlm.values import format_value
 
 PADDED_VOCABULARY = 128  # a model may round its vocabulary up to such multiples
 DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
@@ -496,18 +498,19 @@ def _parameters(
     }
 
 
-def describe(settings: TrainingSettings) -> dict[str, Any]:
-    """What ``scanlm train --dry-run`` prints; nothing is tokenised, built or written.
+def sizes(settings: TrainingSettings) -> dict[str, Any]:
+    """What a run will cost, from shapes alone; neither corpus nor weights are touched.
 
     Returns:
-        ``settings``, ``config`` (of the model), ``num_parameters``, ``tokens``, ``flops``,
-        ``memory_bytes`` and ``memory_formula``, ``experiment``, ``command``. The vocabulary is the
-        one in the model's entry, since the corpus has not been read.
+        ``config`` (of the model), ``num_parameters``, ``tokens``, ``flops`` (``None`` where nothing
+        counts them), ``memory_bytes`` and ``memory_formula``. The vocabulary is the one in the
+        model's entry, since the corpus has not been read.
 
     Raises:
-        ScanLMError: a corpus that is not known, or sequences longer than the model's positions.
+        ScanLMError: a model that cannot be built, or sequences longer than its positions.
     """
     model = _build(settings, None, "meta")
+    _set_dropout(model, settings.dropout)
     check_context(model, settings.seq_len)
     number = sum(p.numel() for p in model.parameters())
     c = model.config
@@ -517,10 +520,7 @@ def describe(settings: TrainingSettings) -> dict[str, Any]:
     bytes_a_number = 4 if resolve_precision(settings.precision) == "fp32" else 2
     windows = 2 if c.model_type == "scanlm" and settings.seq_len > c.chunk_size else 1
     flops = training_flops(model, settings.seq_len)
-    source = load_corpus(settings.corpus)
     return {
-        "settings": settings.model_dump()
-        | {"tokenizer": settings.tokenizer or default_tokenizer(source)},
         "config": c.to_dict(),
         "num_parameters": number,
         "tokens": settings.tokens,
@@ -531,6 +531,22 @@ def describe(settings: TrainingSettings) -> dict[str, Any]:
             "token, layer and feature kept for the backward pass; twice that for a scan model, "
             "whose T2 reads each chunk behind a prefix"
         ),
+    }
+
+
+def describe(settings: TrainingSettings) -> dict[str, Any]:
+    """What ``scanlm train --dry-run`` prints; nothing is tokenised, built or written.
+
+    Returns:
+        ``sizes``, and ``settings``, ``experiment``, ``command``.
+
+    Raises:
+        ScanLMError: as ``sizes``; a corpus that is not known.
+    """
+    source = load_corpus(settings.corpus)
+    return sizes(settings) | {
+        "settings": settings.model_dump()
+        | {"tokenizer": settings.tokenizer or default_tokenizer(source)},
         "experiment": settings.experiment or experiment_name(source.name),
         "command": equivalent_command(settings),
     }
@@ -538,21 +554,19 @@ def describe(settings: TrainingSettings) -> dict[str, Any]:
 
 def equivalent_command(settings: TrainingSettings) -> str:
     """A ``scanlm train`` command for these settings that names no preset."""
-    import json
-    import shlex
+    return shlex.join(["scanlm", *command_words(settings)])
 
-    from scanlm.values import parse_value
 
+def command_words(settings: TrainingSettings) -> list[str]:
+    """The words of ``equivalent_command`` behind the program's name."""
     without = resolve_settings(settings.model, None, {"corpus": settings.corpus}).model_dump()
     values = settings.model_dump(exclude={"model", "corpus", "config"})
     pairs = [(k, v) for k, v in values.items() if v != without[k]]
     pairs += [(f"config.{name}", value) for name, value in settings.config.items()]
-    words = ["scanlm", "train", settings.model, "--corpus", settings.corpus]
+    words = ["train", settings.model, "--corpus", settings.corpus]
     for name, value in pairs:
-        # a text that would be read as something else is quoted
-        plain = isinstance(value, str) and parse_value(value) == value
-        words += ["--set", f"{name}={value if plain else json.dumps(value)}"]
-    return shlex.join(words)
+        words += ["--set", f"{name}={format_value(value)}"]
+    return words
 
 
 def _status(error: BaseException) -> str:
@@ -601,8 +615,10 @@ def _peak_rss() -> int | None:
 __all__ = [
     "PRESETS",
     "TrainingSettings",
+    "command_words",
     "describe",
     "equivalent_command",
     "resolve_settings",
+    "sizes",
     "train",
 ]

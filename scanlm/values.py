@@ -1,10 +1,12 @@
 """Values as users write them: ``key=value`` on the command line, mappings in YAML files.
 
-Both follow YAML 1.2, not PyYAML's 1.1: ``1e-3`` is a number, ``on`` and ``12:30`` are strings.
+Both follow YAML 1.2, not PyYAML's 1.1: ``1e-3`` is a number, ``on`` and ``12:30`` are strings. Of
+YAML 1.1 only the merge key ``<<`` is kept, for files that repeat themselves.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +18,21 @@ from scanlm.errors import ScanLMError
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2, and Python's ``None``, ``True`` and ``False``."""
+    """SafeLoader with the scalars of YAML 1.2, and Python's ``None``, ``True`` and ``False``.
+
+    A key that stands twice in one mapping is an error; a merged one may be set again.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if (name := str(key.value)) in seen:
+                raise yaml.composer.ComposerError(
+                    None, None, f"{name!r} is given twice", key.start_mark
+                )
+            seen.add(name)
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -26,6 +42,7 @@ for _tag, _pattern, _first in (
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
     ("float", r"[-+]?(\.[0-9]+|[0-9]+\.?[0-9]*)([eE][-+]?[0-9]+)?", "-+.0123456789"),
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("merge", r"<<", "<"),
 ):
     _Loader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_tag}",
@@ -57,6 +74,12 @@ def parse_value(text: str) -> Any:
         return text
     # "a: b" and " #" would be read as structure; a word is meant as it is
     return text if isinstance(value, dict) and not text.startswith("{") else value
+
+
+def format_value(value: Any) -> str:
+    """A value as text that ``parse_value`` reads back: JSON unless the plain text will do."""
+    plain = isinstance(value, str) and parse_value(value) == value
+    return str(value) if plain else json.dumps(value)
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:

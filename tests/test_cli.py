@@ -101,7 +101,7 @@ COMMANDS = leaves(typer.main.get_command(app))
 def test_help_lists_every_command() -> None:
     lines = fine("--help").partition("Commands:")[2].splitlines()
     assert {line.split()[0] for line in lines if line.strip()} == {path[0] for path in COMMANDS}
-    promised = "models prepare train evaluate run figures export curriculum"
+    promised = "models prepare train evaluate run sweep figures export curriculum"
     assert {path[0] for path in COMMANDS} >= set(promised.split())
 
 
@@ -550,15 +550,24 @@ def test_curriculum_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_p
 
     monkeypatch.setattr("scanlm.curriculum.train_many", record)
     options = ["--preset", "smoke", "--seeds", "0,2", "--set", "ema=0.99", "--out", tmp_path]
-    fine("curriculum", *options)
+    fine("curriculum", *options, "--max-seconds", 9, "--device", "cpu", "--save-weights", "bf16")
     ((settings, passed),) = calls
     assert [(entry.seed, entry.ema) for entry in settings] == [(0, 0.99), (2, 0.99)]
-    assert passed["root"] == tmp_path
+    expected = {"root": tmp_path, "max_seconds": 9, "device": "cpu", "save_weights": "bf16"}
+    assert expected.items() <= passed.items()
 
 
-def test_wrong_curricula_are_one_line(tmp_path: Path) -> None:
-    jobs = tmp_path / "jobs.yaml"
-    jobs.write_text("preset: smoke\n")
-    assert "expected a YAML list" in refused("curriculum", "--jobs", jobs, code=2)
-    assert "seeds='a'" in refused("curriculum", "--seeds", "a", code=2)
-    assert "No such file" in refused("curriculum", "--jobs", tmp_path / "absent.yaml")
+def test_wrong_curricula_are_one_line() -> None:
+    assert "seeds='a'" in refused("curriculum", "--seeds", "a")
+    assert "Did you mean 'smoke'?" in refused("curriculum", "--preset", "smok")
+    assert "Did you mean 'ema'?" in refused("curriculum", "--set", "emma=0")
+    assert "'ema' is no assignment" in refused("curriculum", "--set", "ema")
+
+
+def test_an_interrupted_curriculum_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(settings: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scanlm.curriculum.train_many", stopped)
+    said = refused("curriculum", "--preset", "smoke", code=130)
+    assert "all runs are saved; the same command goes on" in said

@@ -1,6 +1,7 @@
 """The curriculum trainer, its step and the evaluation by length."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from typer.testing import CliRunner
 
 from scanlm import ScanLMConfig, ScanLMForCausalLM
 from scanlm.curriculum import check_same_training, open_run, preset_settings, train, train_many
@@ -88,7 +88,7 @@ def test_overrides_reach_stages_and_config() -> None:
         ("stages.9.lr=1", "no stage '9'"),
         ("stages.0.lr=-1", "greater than 0"),
         ("stories=10", "fewer than the batch"),
-        ("seed", "not key=value"),
+        ("seed", "expected key=value"),
     ],
 )
 def test_wrong_settings_are_one_clear_line(change: str, message: str) -> None:
@@ -231,6 +231,31 @@ def test_no_time_left_saves_and_trains_nothing(tmp_path: Path) -> None:
     assert not (record.folder / "summary.json").exists()
 
 
+def test_an_interrupt_waits_for_the_steps_that_have_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = [preset_settings("smoke", TINY, seed=seed) for seed in (0, 1)]
+    whole = train_many(both, root=tmp_path / "whole", device="cpu")
+    step, steps = Learner.train_step, 0
+
+    def interrupted(learner: Learner) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 6:  # the second step of the second run
+            signal.raise_signal(signal.SIGINT)
+        step(learner)
+
+    monkeypatch.setattr(Learner, "train_step", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        train_many(both, root=tmp_path / "cut", device="cpu")
+    signal.signal(signal.SIGINT, before)
+    assert steps == 8  # both runs up to their first record
+    again = train_many(both, root=tmp_path / "cut", device="cpu")
+    for one, other in zip(whole, again, strict=True):
+        assert _metrics(one.folder) == _metrics(other.folder)
+
+
 def test_a_diverged_run_is_marked_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,38 +369,3 @@ def test_beyond_the_positions_is_refused_and_recorded(tmp_path: Path) -> None:
     record = train(preset_settings("smoke", changes), root=tmp_path, device="cpu")
     summary = json.loads((record.folder / "summary.json").read_text())
     assert summary["not_possible"] == {"8": "beyond the 5 positions of the model"}
-
-
-# Command line
-
-
-def test_the_command_line_trains_and_prints_one_line_on_a_mistake(tmp_path: Path) -> None:
-    import typer
-
-    from scanlm.curriculum import main
-
-    app = typer.Typer()
-    app.command()(main)
-    options = [option for change in TINY for option in ("--set", change)]
-    arguments = ["--preset", "smoke", "--seeds", "0,1", "--out", str(tmp_path), *options]
-    done = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
-    assert done.exit_code == 0, done.output
-    assert len(list(tmp_path.glob("z2/*/summary.json"))) == 2
-    wrong = CliRunner().invoke(app, ["--preset", "smok"])
-    assert wrong.exit_code == 2
-    assert "Did you mean 'smoke'" in wrong.output
-
-
-def test_jobs_of_a_file_run_side_by_side(tmp_path: Path) -> None:
-    from scanlm.curriculum import _read_jobs
-
-    jobs = tmp_path / "jobs.yaml"
-    jobs.write_text("- {preset: smoke, seeds: [0, 1], set: {stages.*.lr: 1.0e-4, group: S3}}\n")
-    settings = _read_jobs(jobs)
-    assert [(s.seed, s.group, s.stages[0].lr) for s in settings] == [
-        (0, "S3", 1e-4),
-        (1, "S3", 1e-4),
-    ]
-    jobs.write_text("- {preset: smoke, seed: [0]}\n")
-    with pytest.raises(ScanLMError, match="Did you mean 'seeds'"):
-        _read_jobs(jobs)

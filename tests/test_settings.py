@@ -77,6 +77,16 @@ def test_unknown_names_offer_the_nearest(preset: str | None, key: str, message: 
         resolve_settings("small", preset, {key: 1})
 
 
+def test_fields_of_the_model_come_one_by_one_or_together() -> None:
+    given = {"config.n_embd": 16, "config": {"n_embd": 8, "chunk_size": 4}}
+    settings = resolve_settings("small", "smoke", given)
+    assert settings.config == {"n_embd": 16, "chunk_size": 4}
+    with pytest.raises(ScanLMError, match=r"'config\.chunksize'.*'chunk_size'"):
+        resolve_settings("small", "smoke", {"config": {"chunksize": 4}})
+    with pytest.raises(ScanLMError, match="config=3: expected fields of the model"):
+        resolve_settings("small", "smoke", {"config": 3})
+
+
 def test_dry_run() -> None:
     settings = resolve_settings("small", "smoke", {"config.vocab_size": 257})
     plan = describe(settings)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from scanlm.errors import ScanLMError
-from scanlm.values import parse_assignments, parse_value, read_mapping
+from scanlm.values import format_value, parse_assignments, parse_value, read_mapping
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,15 @@ def test_a_value_is_read_as_it_is_meant(text: str, value: Any) -> None:
     assert type(read) is type(value)
 
 
+@pytest.mark.parametrize(
+    "value", [3, 1e-05, True, None, "", "7", "null", "two words", "a\nb", [1, "x", None], {"a": 1}]
+)
+def test_a_written_value_is_read_back(value: Any) -> None:
+    read = parse_value(format_value(value))
+    assert read == value
+    assert type(read) is type(value)
+
+
 def test_assignments_keep_everything_behind_the_first_equals_sign() -> None:
     given = ["lr=3e-4", "config.chunk_size = 16", "name=a=b", "empty="]
     expected = {"lr": 3e-4, "config.chunk_size": 16, "name": "a=b", "empty": ""}
@@ -74,6 +83,12 @@ def test_a_mapping_file_has_the_same_scalars(tmp_path: Path) -> None:
     assert read_mapping(path) == {}
 
 
+def test_a_merged_mapping_may_be_changed(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("x: &x {lr: 1, seed: 2}\ny: {<<: *x, lr: 3}\n")
+    assert read_mapping(path)["y"] == {"lr": 3, "seed": 2}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -83,6 +98,8 @@ def test_a_mapping_file_has_the_same_scalars(tmp_path: Path) -> None:
         (b"1: x\n", "must hold one mapping"),
         (b"a: \xff\n", "is not UTF-8: .* at byte 3"),
         (b"a: \x00\n", "is not YAML: "),
+        (b"a: 1\nb: {c: 1}\na: 2\n", r"a\.yaml, line 3, is not YAML: 'a' is given twice"),
+        (b"b: {c: 1, c: 1}\n", r"a\.yaml, line 1, is not YAML: 'c' is given twice"),
     ],
 )
 def test_a_wrong_mapping_file_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:

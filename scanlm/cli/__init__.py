@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from scanlm.cli import benchmark
+from scanlm.cli.curriculum import curriculum
+from scanlm.cli.sweep import sweep
 from scanlm.cli.usage import Commands, NamedValues, SeveralSteps
 from scanlm.errors import ScanLMError
 
@@ -284,6 +286,10 @@ def run(
     typer.echo(run_notebook(notebook, preset, parse_assignments(parameters or ()), output))
 
 
+app.command()(sweep)
+app.command()(curriculum)
+
+
 @app.command()
 def figures(
     names: Annotated[
@@ -339,25 +345,3 @@ def report(
 
     changed = update_document(document, results)
     typer.echo(f"{document}: {'updated' if changed else 'up to date'}")
-
-
-@app.command(
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
-def curriculum(ctx: typer.Context) -> None:
-    """Train state tracking (S5 and other groups) on sequences of growing length.
-
-    \b
-    Example:
-      scanlm curriculum --preset smoke --seeds 0,1
-    """
-    from scanlm.curriculum import main
-
-    # its options are declared there, beside what they mean
-    inner = typer.Typer(add_completion=False, rich_markup_mode=None)
-    inner.command()(main)
-    command = typer.main.get_command(inner)
-    raise typer.Exit(
-        command.main(ctx.args, prog_name="scanlm curriculum", standalone_mode=False) or 0
-    )

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from scanlm.baselines import ModelEntry
     from scanlm.data import TokenizedCorpus
+    from scanlm.sweeps.files import SweepFile
+    from scanlm.sweeps.local import Outcome
+    from scanlm.sweeps.plans import SweepRun
 
 WIDE = 200  # columns where no terminal says how many there are
 
@@ -148,3 +151,46 @@ def evaluation_table(rows: Sequence[Mapping[str, Any]], compare: bool = False) -
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def sweep_heading(file: SweepFile, runs: Sequence[SweepRun]) -> str:
+    """What a sweep is, and what its training runs take together."""
+    lines = [file.description] if file.description else []
+    size = f"{len(runs)} runs ({file.kind})"
+    if all(run.sizes for run in runs):
+        size += f", {sum(run.sizes['tokens'] for run in runs):,} tokens"
+    if all(run.sizes.get("flops") for run in runs):
+        size += f", {sum(run.sizes['flops'] for run in runs):.3g} FLOPs"
+    return "\n".join([*lines, size])
+
+
+def sweep_table(runs: Sequence[SweepRun]) -> Table:
+    """One line a run: what is its own, how far it is, where its record is and what it takes."""
+    from rich.markup import escape
+
+    sized = any(run.sizes for run in runs)
+    sizes = ["parameters", "tokens", "FLOPs"] if sized else []
+    table = _table("run", "varies", "state", "record", "note", *sizes, left=5)
+    table.columns[3].overflow = "fold"  # a path is of no use without its end
+    for run in runs:
+        state = run.state()
+        words = (str(run.number), run.varies, str(state), str(state.place), state.note)
+        numbers = [f"{run.sizes[name]:,}" for name in ("num_parameters", "tokens") if sized]
+        numbers += [_number(run.sizes["flops"], ".3g")] if sized else []
+        table.add_row(*map(escape, words), *numbers)
+    return table
+
+
+def outcome_table(outcomes: Sequence[Outcome]) -> Table:
+    """How the runs of a session fared."""
+    from rich.markup import escape
+
+    from scanlm.sweeps.local import duration
+
+    table = _table("run", "varies", "outcome", "time", "note", left=5)
+    for outcome in outcomes:
+        time = duration(outcome.seconds) if outcome.seconds else ""
+        run = outcome.run
+        words = (str(run.number), run.varies, outcome.name, time, outcome.note)
+        table.add_row(*map(escape, words))
+    return table

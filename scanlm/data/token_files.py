@@ -116,6 +116,11 @@ def default_tokenizer(corpus: Corpus) -> str:
     return "bytes" if corpus.name.partition("#")[0] == "embedded" else "gpt2"
 
 
+def content_fingerprint(corpus: Corpus, cache_dir: str | Path) -> str:
+    """A hash of the content of all splits; files that have not changed are not reread."""
+    return digest({split: corpus.fingerprint(split, cache_dir) for split in corpus.splits})
+
+
 def prepare(
     corpus: Corpus | str | Path,
     tokenizer: PreTrainedTokenizerFast | str | Path | None = None,
@@ -159,7 +164,7 @@ def prepare(
     else:
         spec, loaded = tokenizer.name_or_path or "custom", tokenizer
     check_byte_level(loaded, spec)
-    content = digest({split: corpus.fingerprint(split, cache) for split in corpus.splits})
+    content = content_fingerprint(corpus, cache)
     encoder = tokenizer_hash(loaded)
     readable = re.sub(r"[^\w.-]+", "-", corpus.name)[:40].strip("-.")
     entry = cache / "tokens" / f"{readable}-{digest([FORMAT, content, encoder])[:16]}"

@@ -1,0 +1,129 @@
+"""``scanlm sweep``: the runs of a file, one after another, skipping what is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scanlm.cli.curriculum import side_by_side
+from scanlm.cli.usage import FAILED, WRONG_USAGE, fail
+from scanlm.errors import ScanLMError
+
+if TYPE_CHECKING:
+    from scanlm.sweeps.local import LocalSweep
+    from scanlm.sweeps.plans import SweepRun
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML, see notebooks/sweeps/.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and list all runs, and stop.")
+    ] = False,
+    only: Annotated[str | None, typer.Option(help="Numbers of runs: 1,3-5.")] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Processes at a time, each with a GPU of its own.")
+    ] = 1,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="Stop after this time; the same command goes on.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the records. Default: the file's, or data/runs.")
+    ] = None,
+    save_weights: Annotated[
+        str | None, typer.Option(help="Of finished state-tracking runs: none, bf16 or fp32.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Of state-tracking runs. Default: the GPU if there is one."),
+    ] = None,
+) -> None:
+    """Do many runs that one file describes: training, notebooks or state tracking.
+
+    What has finished is skipped, what was interrupted goes on. Paths in the file are relative to
+    the current folder. Training and notebook runs are processes of their own, each with a log in
+    data/runs/sweeps/; state-tracking runs go side by side in this one.
+
+    \b
+    Example:
+      scanlm sweep notebooks/sweeps/comparison.yaml --dry-run
+      scanlm sweep notebooks/sweeps/comparison.yaml --only 1,3-5 --max-seconds 3600
+    """
+    from scanlm.cli import tables
+    from scanlm.sweeps.files import read_sweep
+    from scanlm.sweeps.plans import choose, plan
+
+    begun = time.monotonic()
+    try:
+        content = read_sweep(file)
+        _check_options(content.kind, jobs, save_weights, device)
+        runs = plan(content, out)
+        chosen = choose(runs, only)
+    except ScanLMError as error:
+        fail(str(error), WRONG_USAGE)
+    if dry_run:
+        typer.echo(tables.sweep_heading(content, chosen))
+        tables.show(tables.sweep_table(chosen))
+        for run in chosen:
+            typer.echo(f"{run.number}: {run.command}")
+    elif content.kind == "state_tracking":
+        options = {"root": out or "data/runs", "max_seconds": max_seconds, "device": device}
+        _side_by_side(chosen, save_weights=save_weights or "none", **options)
+    else:
+        from scanlm.sweeps.local import LocalSweep, time_to_stop
+
+        stop_at = None if max_seconds is None else time_to_stop(begun, max_seconds)
+        _locally(LocalSweep(chosen, file.stem, len(runs), jobs, stop_at, typer.echo))
+
+
+def _check_options(kind: str, jobs: int, save_weights: str | None, device: str | None) -> None:
+    """Refuse options that runs of another kind have."""
+    if kind == "state_tracking":
+        if jobs > 1:
+            raise ScanLMError(
+                f"jobs={jobs}: state-tracking runs go side by side in one process: leave it out"
+            )
+        return
+    for name, value in (("save-weights", save_weights), ("device", device)):
+        if value is not None:
+            raise ScanLMError(
+                f"{name}={value!r} is for state-tracking runs, and this file has run: {kind}: "
+                "leave it out"
+            )
+
+
+def _locally(runner: LocalSweep) -> None:
+    from scanlm.cli import tables
+    from scanlm.sweeps.local import Interrupted
+
+    try:
+        outcomes = runner.carry_out()
+    except Interrupted as error:
+        tables.show(tables.outcome_table(error.outcomes))
+        raise
+    tables.show(tables.outcome_table(outcomes))
+    _end({outcome.run.number: outcome.name for outcome in outcomes})
+
+
+def _side_by_side(runs: Sequence[SweepRun], **options: Any) -> None:
+    from scanlm.cli import tables
+
+    settings = [run.settings for run in runs if run.settings and run.state().name != "finished"]
+    try:
+        side_by_side(settings, **options)
+    finally:
+        tables.show(tables.sweep_table(runs))
+    _end({run.number: run.state().name for run in runs})
+
+
+def _end(names: Mapping[int, str]) -> None:
+    """Say what is left; the exit status says whether something failed."""
+    left = sum(name not in ("finished", "failed") for name in names.values())
+    if left:
+        typer.echo(f"{left} of {len(names)} runs are left; the same command goes on")
+    failed = [str(number) for number, name in names.items() if name == "failed"]
+    if failed:
+        fail(f"{len(failed)} of {len(names)} runs failed: {', '.join(failed)}", FAILED)

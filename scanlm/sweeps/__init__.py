@@ -1,0 +1,7 @@
+"""Many runs in one YAML file.
+
+``files`` reads a file and expands it into the values of each run; ``plans`` makes these into runs,
+each with the command that does it alone, the place of its record and how far it is (one module a
+kind: ``training_runs``, ``notebook_runs``, ``state_tracking_runs``); ``local`` carries runs out on
+this machine. What runs knows nothing of who runs it.
+"""

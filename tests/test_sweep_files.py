@@ -1,0 +1,157 @@
+"""The committed sweep files: each can be planned, and what issue and README promise is in it."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from scanlm.baselines import build_model
+from scanlm.curriculum_settings import StateTrackingSettings, preset_settings
+from scanlm.curriculum_step import build_model as build
+from scanlm.settings import TrainingSettings, resolve_settings
+from scanlm.sweeps.files import read_sweep
+from scanlm.sweeps.plans import SweepRun, plan
+from scanlm.values import parse_assignments
+
+FOLDER = Path(__file__).parent.parent / "notebooks" / "sweeps"
+FILES = sorted(FOLDER.glob("*.yaml"))
+
+
+def runs(name: str) -> list[SweepRun]:
+    return plan(read_sweep(FOLDER / f"{name}.yaml"))
+
+
+def jobs(name: str) -> list[StateTrackingSettings]:
+    return [run.settings for run in runs(f"s5_{name}") if run.settings is not None]
+
+
+def training(run: SweepRun) -> TrainingSettings:
+    """The settings that the run's command gives."""
+    word, model, option, corpus, *sets = run.words
+    assert (word, option) == ("train", "--corpus")
+    assert set(sets[::2]) == {"--set"}
+    return resolve_settings(model, None, {"corpus": corpus} | parse_assignments(sets[1::2]))
+
+
+def tokens(settings: StateTrackingSettings) -> int:
+    return sum(stage.max_steps * stage.batch * stage.length for stage in settings.stages)
+
+
+def without_seed(settings: StateTrackingSettings) -> str:
+    return settings.model_copy(update={"seed": 0}).model_dump_json()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_says_what_it_is_and_how_it_is_run(path: Path) -> None:
+    comment = path.read_text().partition("run: ")[0]
+    assert comment.startswith("# ")
+    assert f"#   scanlm sweep notebooks/sweeps/{path.name}" in comment
+    content = read_sweep(path)
+    assert content.description
+    assert len(plan(content)) > 1  # which refuses a run that is listed twice
+
+
+def test_the_scan_model_runs_with_five_seeds() -> None:
+    listed = jobs("scan")
+    assert [settings.seed for settings in listed] == [0, 1, 2, 3, 4]
+    assert {without_seed(s) for s in listed} == {without_seed(preset_settings("paper"))}
+
+
+def test_all_baselines_run_with_three_seeds_on_the_same_tokens() -> None:
+    listed = jobs("baselines")
+    kinds = Counter((s.model, s.config.get("allow_neg_eigval")) for s in listed)
+    assert kinds == {
+        ("gpt2_small_wikitext103_nodrop", None): 3,
+        ("gla_170M_baseline", None): 3,
+        ("gated_deltanet_170M_baseline", True): 3,
+        ("gated_deltanet_170M_baseline", False): 3,
+        ("mamba2_130M", None): 3,
+        ("window_gpt2_small", None): 3,
+    }
+    assert len({tokens(s) for s in listed}) == 1
+    assert all(stage.threshold is None for s in listed for stage in s.stages)
+
+
+def test_the_search_covers_every_baseline() -> None:
+    searched = Counter(
+        (s.model, s.config.get("allow_neg_eigval")) for s in jobs("baselines_search")
+    )
+    wanted = {(s.model, s.config.get("allow_neg_eigval")) for s in jobs("baselines")}
+    assert set(searched) == wanted
+    assert set(searched.values()) == {6}  # three rates under two curricula
+
+
+def test_baselines_build_at_sizes_near_gpt2s() -> None:
+    sizes = {}
+    for settings in jobs("baselines"):
+        model = build_model(settings.model, vocab_size=120, device="meta", **settings.config)
+        sizes[settings.model] = sum(p.numel() for p in model.parameters())
+    gpt2 = sizes["gpt2_small_wikitext103_nodrop"]
+    assert all(0.9 < size / gpt2 < 1.15 for size in sizes.values()), sizes
+
+
+def test_every_ablation_differs_from_the_recipe_and_has_three_seeds() -> None:
+    listed = jobs("ablations")
+    kinds = Counter(without_seed(s) for s in listed)
+    assert set(kinds.values()) == {3}
+    assert without_seed(preset_settings("paper")) not in kinds
+    assert without_seed(preset_settings("original")) in kinds
+    scan = [s for s in listed if s.seed == 0]
+    assert {s.stages[-1].length for s in scan} == {8, 16, 32}
+    assert {s.stages[0].length for s in scan} == {2, 3, 4}
+    assert {s.config["chunk_size"] for s in scan} == {1, 2, 4}
+    assert {s.config["t1_layers"] for s in scan} == {1, 2}
+    assert {stage.dropout for s in scan for stage in s.stages[:1]} == {0.0, 0.1}
+
+
+def test_every_ablation_builds() -> None:
+    narrow = {"n_embd": 12, "n_head": 2}
+    for settings in jobs("ablations"):
+        if settings.seed == 0:
+            config = settings.config | narrow
+            build(settings.model_copy(update={"config": config}))
+
+
+def test_the_comparison_trains_eight_models_on_the_same_tokens() -> None:
+    listed = runs("comparison")
+    settings = [training(run) for run in listed]
+    assert [s.model for s in settings] == [
+        *(f"scanlm_base_c{size}" for size in (32, 64, 128, 256)),
+        "gpt2_small_wikitext103_nodrop",
+        "window_gpt2_small",
+        "gla_170M",
+        "gated_deltanet_170M",
+    ]
+    assert {run.sizes["tokens"] for run in listed} == {63_897_600}
+    own = {"model", "lr", "compile"}
+    assert len({s.model_dump_json(exclude=own) for s in settings}) == 1
+    assert (settings[0].corpus, settings[0].tokenizer) == ("./enwiki2019", "./gpt2")
+    assert (settings[0].experiment, settings[0].dropout) == ("enwiki2019", 0)
+    assert [s.compile for s in settings] == [True] * 6 + [False] * 2
+    assert all(124e6 < run.sizes["num_parameters"] < 191e6 for run in listed)
+
+
+def test_the_search_covers_every_family_of_the_comparison() -> None:
+    def compiled(name: str) -> dict[str, bool]:
+        return {s.model: s.compile for s in map(training, runs(name))}
+
+    listed = [training(run) for run in runs("comparison_lr")]
+    rates = Counter((s.model, s.lr) for s in listed)
+    assert set(rates.values()) == {1}
+    families = {"scanlm_base_c64"} | {m for m in compiled("comparison") if "scanlm" not in m}
+    assert {model for model, _ in rates} == families
+    assert {lr for _, lr in rates} == {3e-4, 6e-4, 1e-3, 2e-3}
+    assert compiled("comparison_lr").items() <= compiled("comparison").items()
+    assert {s.experiment for s in listed} == {"enwiki2019_lr"}  # never mixed with the comparison
+
+
+def test_the_small_study_has_models_of_one_size_and_three_seeds() -> None:
+    listed = runs("small_seeds")
+    sizes = {training(run).model: run.sizes["num_parameters"] for run in listed}
+    assert len(sizes) == 5
+    assert max(sizes.values()) < 1.05 * min(sizes.values())
+    assert all(20e6 < size < 30e6 for size in sizes.values())
+    assert Counter(training(run).model for run in listed) == dict.fromkeys(sizes, 3)
+    assert {training(run).seed for run in listed} == {0, 1, 2}
+    text = (FOLDER / "small_seeds.yaml").read_text()
+    assert all(f"{model}  # {size:,}" in text for model, size in sizes.items())

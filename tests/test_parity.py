@@ -44,11 +44,11 @@ def test_a_model_agrees_with_itself(tmp_path: Path) -> None:
     assert done.summary == {"problems": [], "agree": True}
     metrics = read_metrics(done.folder)
     assert set(metrics["model"]) == {"gla_tiny", "gated_deltanet_tiny"}
-    assert set(metrics["dtype"]) == {"float32", "bfloat16"}
+    assert set(metrics["dtype"]) == {"tf32", "bfloat16"}
     assert (metrics["n"] == 160).all()
     errors = metrics.set_index(["name", "model", "dtype", "implementation"])["value"].unstack()
     assert (errors["fused"] == errors["torch"]).all()
-    exact = errors["torch"].xs("float32", level="dtype")
+    exact = errors["torch"].xs("tf32", level="dtype")
     rounded = errors["torch"].xs("bfloat16", level="dtype")
     assert (exact["logits_relative_error"] < 1e-5).all()
     assert (exact["gradient_relative_error"] < 1e-4).all()
@@ -61,7 +61,7 @@ def test_a_wrong_weight_is_noticed(tmp_path: Path) -> None:
     problems = run(tmp_path, wrong).summary["problems"]
     for model in ("gla_tiny", "gated_deltanet_tiny"):
         for name in ("logits", "streamed", "gradient"):
-            expected = f"{model}: float32: {name}_relative_error"
+            expected = f"{model}: tf32: {name}_relative_error"
             assert any(line.startswith(expected) for line in problems), (expected, problems)
 
 
@@ -78,15 +78,15 @@ def test_kernels_that_refuse_are_a_problem_not_an_end(tmp_path: Path) -> None:
     done = run(tmp_path, refusing, ("gla_tiny",))
     assert done.summary["problems"] == [
         f"gla_tiny: {precision}: RuntimeError: gated backward is wrong on this GPU"
-        for precision in ("float32", "bfloat16")
+        for precision in ("tf32", "bfloat16")
     ]
     assert set(read_metrics(done.folder)["implementation"]) == {"torch"}
 
 
 def test_a_nan_is_no_agreement() -> None:
     fine = {"logits_relative_error": 0.0}
-    assert not disagreements(fine, fine, "float32")
-    assert disagreements({"logits_relative_error": float("nan")}, fine, "float32")
+    assert not disagreements(fine, fine, "tf32")
+    assert disagreements({"logits_relative_error": float("nan")}, fine, "tf32")
 
 
 def test_models_of_different_parameters() -> None:
@@ -130,4 +130,4 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "parity", on_cpu)
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
-    assert "disagree: gla_tiny: float32: logits_relative_error" in result.output
+    assert "disagree: gla_tiny: tf32: logits_relative_error" in result.output

@@ -215,11 +215,11 @@ def _scanlm(fields: dict[str, Any], device: torch.device | None) -> PreTrainedMo
 
 
 def _gpt2(fields: dict[str, Any], device: torch.device | None) -> PreTrainedModel:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2Config
 
-    model = GPT2LMHeadModel(make_config(GPT2Config, fields))
-    model.loss_type = "ForCausalLM"  # what it takes anyway, after a warning
-    return model
+    from scanlm.causal_gpt2 import CausalGPT2LMHeadModel
+
+    return CausalGPT2LMHeadModel(make_config(GPT2Config, fields))
 
 
 def _window_gpt2(fields: dict[str, Any], device: torch.device | None) -> PreTrainedModel:

@@ -315,7 +315,8 @@ def source_line(run: Run | Mapping[str, Any] | pd.Series) -> str:
     if summary.get("tokens") is not None:
         parts.append(f"{int(summary['tokens']):,} tokens")
     corpus = str(_mapping(record.get("parameters")).get("corpus", ""))
-    if "#" in corpus:  # only a part of a text, which a caption must say
+    usual = re.sub(r"\W", "", corpus) == record.get("experiment")
+    if corpus and not usual:  # such as a part of a text, which a caption must say
         parts.append(f"on {corpus}")
     if device:
         count = device.get("count") or 1

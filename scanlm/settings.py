@@ -45,7 +45,7 @@ class TrainingSettings(BaseModel):
     seed: int = Field(default=0, ge=0)  # of initial weights, dropout and data order
     # auto: bf16 where a GPU computes in it, else fp32
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    # the residual stream of a scan model in bf16 where its products are, not in fp32
+    # the residual stream of scan models and GPT-2 in bf16 where products are, not in fp32
     half_residual: bool = True
     tf32: bool = False  # fp32 products in TF32 on a GPU
     compile: bool = False  # torch.compile

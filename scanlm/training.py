@@ -40,7 +40,6 @@ from scanlm.data import (
 from scanlm.data.token_files import default_tokenizer
 from scanlm.errors import ScanLMError
 from scanlm.flops import training_flops
-from scanlm.model import ScanLMForCausalLM
 from scanlm.progress import Progress
 from scanlm.records import SUMMARY_FILE, Run, read_metrics, run_id
 from scanlm.scoring import (
@@ -154,7 +153,7 @@ class _Session:
 
     def train(self, blocks: Blocks) -> None:
         s = self.settings
-        if isinstance(self.model, ScanLMForCausalLM):
+        if hasattr(self.model, "half_residual"):
             self.model.half_residual = s.half_residual and self.precision == "bf16"
         if s.compile:
             compile_model(self.model)

@@ -82,6 +82,12 @@ def format_value(value: Any) -> str:
     return str(value) if plain else json.dumps(value)
 
 
+def natural_key(text: str) -> list[tuple[int, str]]:
+    """Sort key by which numbers in names count as numbers: 2 before 10."""
+    parts = re.split(r"(\d+)", text)
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     """``["a=1", "b.c=x"]`` as ``{"a": 1, "b.c": "x"}``.
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 from transformers.masking_utils import create_sliding_window_causal_mask
 
+from scanlm.causal_gpt2 import CausalGPT2LMHeadModel
 from scanlm.errors import ScanLMError
 
 
@@ -43,7 +44,7 @@ class WindowGPT2Config(GPT2Config):
             )
 
 
-class WindowGPT2LMHeadModel(GPT2LMHeadModel):
+class WindowGPT2LMHeadModel(CausalGPT2LMHeadModel):
     """GPT-2 with the mask of ``WindowGPT2Config.sliding_window``; otherwise as transformers has it.
 
     Example:
@@ -57,10 +58,6 @@ class WindowGPT2LMHeadModel(GPT2LMHeadModel):
     _supports_flash_attn = False
     _supports_flex_attn = False
 
-    def __init__(self, config: WindowGPT2Config) -> None:
-        super().__init__(config)
-        self.loss_type = "ForCausalLM"  # what it takes anyway, after a warning
-
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
@@ -71,7 +68,7 @@ class WindowGPT2LMHeadModel(GPT2LMHeadModel):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """As ``GPT2LMHeadModel.forward``; a mask of 4 dimensions is used as it is."""
+        """As ``CausalGPT2LMHeadModel.forward``; a mask of 4 dimensions is used as it is."""
         if attention_mask is None or attention_mask.dim() < 4:
             inputs = inputs_embeds if input_ids is None else input_ids
             assert inputs is not None, "give input_ids or inputs_embeds"

@@ -134,8 +134,11 @@ def test_source_line(tmp_path: Path) -> None:
     assert line.startswith("scanlm_tiny; 1,000 steps; 4,096,000 tokens; ")
     assert "seed 7; commit 01234567 (modified)" in line
     assert source_line(read_runs(run.folder).iloc[0]) == line
-    run.info["parameters"] = {"corpus": "wiki#train=validation[:90%]"}
-    assert "; on wiki#train=validation[:90%]; " in source_line(run)
+    for corpus in ("wiki#train=validation[:90%]", "embedded_first_part"):
+        run.info["parameters"] = {"corpus": corpus}
+        assert f"; on {corpus}; " in source_line(run)
+    run.info["experiment"], run.info["parameters"] = "wikitext103", {"corpus": "wikitext-103"}
+    assert " on " not in source_line(run)
 
 
 def test_outside_a_repository_the_commit_is_what_one_is_told(

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from scanlm.benchmarks.timing import synchronize
-from scanlm.benchmarks.training_step import DTYPES, Work, build, halve_residual
+from scanlm.benchmarks.training_step import Work, build, halve_residual
 from scanlm.compiling import compile_model
 from scanlm.data import Blocks
 from scanlm.settings import TrainingSettings
@@ -94,7 +94,7 @@ def time_trainer(
 ) -> list[float]:
     """Milliseconds of ``steps`` steps through the trainer, after ``warmup``."""
     model = build(work, device, seed=0)
-    halve_residual(model, work.mode, DTYPES[dtype])
+    halve_residual(model, dtype)
     if work.compiled != "no":
         compile_model(model)
     clock = StepClock(device)

@@ -1,12 +1,12 @@
 """What the training benchmark times: one optimiser step of a model, in one of several ways.
 
 Modes of a scan model are its ``train_mode``: "blelloch" (levels of the tree at once) and
-"sequential" (node by node, the original's algorithm). GPT-2 is transformers' in all of its modes:
+"sequential" (node by node, the original's algorithm). Those of GPT-2:
 
-transformers  as it is; not compiled this is GPT-2 "as shipped"
-flash         vocabulary padded to a multiple of 128, attention by the flash kernel alone
-fused_loss    the same with ``scanlm.loss``, which never holds all logits, and like the scan model
-              with its residual stream in the precision of the products: the best GPT-2 there is
+default       ``scanlm.causal_gpt2``, which the trainer trains: causal kernels, our loss and
+              precision of the residual stream; the best GPT-2 there is
+flash         the same, with attention by the flash kernel and no other
+transformers  transformers' own; not compiled this is GPT-2 "as shipped"
 """
 
 from __future__ import annotations
@@ -20,23 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import GPT2LMHeadModel
 
 from scanlm.baselines import build_model, load_entry
 from scanlm.compiling import compile_model
 from scanlm.errors import ScanLMError, nearest
 from scanlm.flops import training_flops
-from scanlm.loss import linear_cross_entropy
-from scanlm.model import ScanLMForCausalLM
 from scanlm.scoring import context_limit
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = {
     "scanlm": ("blelloch", "sequential"),
-    "gpt2": ("fused_loss", "flash", "transformers"),
+    "gpt2": ("default", "flash", "transformers"),
 }
 COMPILED = ("no", "yes", "whole")  # "yes": in the pieces of scanlm.compiling
 DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
-PADDED_VOCABULARY = 128
 
 
 @dataclass(frozen=True)
@@ -113,23 +111,19 @@ def build(work: Work, device: torch.device, seed: int, checkpointing: bool = Fal
         raise ScanLMError(f"unknown mode {work.mode!r} of {work.model}.{nearest(work.mode, known)}")
     torch.manual_seed(seed)
     fields = fields_of(work)
-    if work.mode in ("flash", "fused_loss"):
-        size = int(build_model(work.model, device="meta").config.vocab_size)
-        fields["vocab_size"] = -(-size // PADDED_VOCABULARY) * PADDED_VOCABULARY
     model: Any = build_model(work.model, device=device, **fields)
+    if work.mode == "transformers":
+        with torch.device(device):
+            model = GPT2LMHeadModel(model.config)
     if checkpointing:
         model.gradient_checkpointing_enable()
     return model.train()
 
 
-def halve_residual(model: Any, mode: str, dtype: torch.dtype | None) -> None:
-    """The residual stream in bf16 where products are: as the trainer has it, and the best GPT-2."""
-    if dtype != torch.bfloat16:
-        return
-    if isinstance(model, ScanLMForCausalLM):
-        model.half_residual = True
-    elif mode == "fused_loss":
-        model.transformer.drop.register_forward_hook(lambda module, args, out: out.to(dtype))
+def halve_residual(model: Any, dtype: str) -> None:
+    """The residual stream in bf16 where products are, as the trainer has it."""
+    if hasattr(model, "half_residual"):
+        model.half_residual = dtype == "bfloat16"
 
 
 class TrainingStep:
@@ -156,12 +150,12 @@ class TrainingStep:
     ) -> None:
         self.work, self.device, self.dtype = work, device, DTYPES[dtype]
         self.model = build(work, device, seed, checkpointing)
-        halve_residual(self.model, work.mode, self.dtype)
+        halve_residual(self.model, dtype)
         self.vocab_size = int(build_model(work.model, device="meta").config.vocab_size)
         takes = inspect.signature(self.model.forward).parameters
         self.extra = {"return_logits": False} if "return_logits" in takes else {}
-        self.loss: Any = self._fused_loss if work.mode == "fused_loss" else self._loss
-        if work.compiled == "yes" and work.mode != "fused_loss":
+        self.loss: Any = self._loss
+        if work.compiled == "yes":
             compile_model(self.model)
         elif work.compiled != "no":
             self.loss = torch.compile(self.loss, dynamic=False)
@@ -185,12 +179,6 @@ class TrainingStep:
         return self.model(
             input_ids=ids, labels=targets, shift_labels=targets, use_cache=False, **self.extra
         ).loss
-
-    def _fused_loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        hidden = self.model.transformer(ids, use_cache=False).last_hidden_state
-        return linear_cross_entropy(
-            hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten()
-        )
 
     def _same_batch(self, seed: int) -> Iterator[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from scanlm.data.files import Piece, digest, read_rows, read_text, suffixes
 from scanlm.data.fingerprints import file_fingerprint
 from scanlm.errors import ScanLMError, nearest
+from scanlm.values import natural_key
 
 SPLITS = ("train", "validation", "test")
 HUB_DATASET = "Salesforce/wikitext"
@@ -247,7 +248,7 @@ def _split_of(path: Path) -> str | None:
 def _folder_files(folder: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     shards: dict[str, Path] = {}
-    for path in sorted(folder.iterdir(), key=_natural):
+    for path in sorted(folder.iterdir(), key=lambda path: natural_key(path.name)):
         split = _split_of(path)
         kind, compression = suffixes(path)
         if split is None or kind not in _FORMATS or not path.is_file():
@@ -271,8 +272,3 @@ def _folder_files(folder: Path) -> dict[str, list[Path]]:
             "found none"
         )
     return files
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    parts = re.split(r"(\d+)", path.name)
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

@@ -26,6 +26,7 @@ from scanlm.plotting import (
 )
 from scanlm.plotting.architecture import architecture
 from scanlm.plotting.style import style
+from scanlm.values import natural_key
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class Records:
         Raises:
             NoRecords: there are none.
         """
-        files = sorted((self.folder / experiment).glob("*.json"))
+        found = (self.folder / experiment).glob("*.json")
+        files = sorted(found, key=lambda path: natural_key(path.name))
         if not files:
             raise NoRecords(f"no records in {self.folder / experiment}")
         from scanlm import records

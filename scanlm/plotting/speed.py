@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-PLAIN_MODES = ("blelloch", "default", "transformers")
-MODE_NAMES = {"fused_loss": "fused loss", "flash": "flash attention", "sequential": "sequential"}
+PLAIN_MODES = ("blelloch", "default")
+MODE_NAMES = {"flash": "flash attention", "transformers": "as in transformers"}
 
 
 def measured(metrics: pd.DataFrame, part: str = "step") -> pd.DataFrame:

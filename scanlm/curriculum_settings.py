@@ -62,6 +62,8 @@ class StateTrackingSettings(BaseModel):
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=1.0, gt=0)
     precision: Literal["bf16", "fp32"] = "bf16"  # autocast; weights are float32 either way
+    # the scan model's residual stream in bf16 too, where precision is bf16
+    half_residual: bool = False
     start_token: bool = False  # read the identity first; why: length_evaluation.word_logits
     stories: int | None = Field(default=None, ge=1)  # fixed words repeated for epochs
     ema: float = Field(default=0.0, ge=0, lt=1)  # decay of the averaged weights; 0: none

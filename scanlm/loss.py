@@ -9,6 +9,7 @@ runs several times slower than 50,304); the extra columns are minus infinity, so
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -118,3 +119,9 @@ def linear_cross_entropy(
         if num_items is None:
             num_items = (targets != IGNORE).sum()
         return total / num_items
+
+
+def loss_only(model: Any) -> dict[str, bool]:
+    """What to give ``forward`` besides labels, for a loss without all logits where a model can."""
+    can = "return_logits" in inspect.signature(model.forward).parameters
+    return {"return_logits": False} if can else {}

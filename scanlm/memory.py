@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scanlm.errors import ScanLMError
+from scanlm.loss import loss_only
 
 
 def state_bytes(cache: Any) -> int:
@@ -98,7 +99,8 @@ def saved_bytes(model: nn.Module, input_ids: Tensor) -> int:
     was_training = model.training
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        extra = loss_only(model)
+        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False, **extra).loss
     model.train(was_training)
     del loss
     return sum(kept.values())

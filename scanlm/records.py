@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from scanlm.errors import ScanLMError, nearest
 from scanlm.provenance import command, device_info, git_state, versions
+from scanlm.values import natural_key
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -356,7 +357,7 @@ def _find(path: Path) -> list[Path]:
         for file in path.rglob("*.json")
         if not any(run in file.parents for run in runs) and _is_exported(file)
     ]
-    return sorted([*runs, *exported])
+    return sorted([*runs, *exported], key=lambda place: natural_key(str(place)))
 
 
 def _is_exported(path: Path) -> bool:

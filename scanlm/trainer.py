@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer
 
 from scanlm.data import Blocks
+from scanlm.loss import loss_only
 from scanlm.streams import CarriedState, StreamedBlocks
 
 SAVING = ".saving"
@@ -96,8 +96,7 @@ class ExactTrainer(Trainer):
                 self.args.process_index,
                 self.args.world_size,
             )
-        forward = inspect.signature(kwargs["model"].forward).parameters
-        self.extra = {"return_logits": False} if "return_logits" in forward else {}
+        self.extra = loss_only(kwargs["model"])
         self.first_bad = torch.full((), -1, dtype=torch.long, device=self.args.device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:

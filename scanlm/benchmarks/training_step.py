@@ -11,7 +11,6 @@ transformers  transformers' own; not compiled this is GPT-2 "as shipped"
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from scanlm.baselines import build_model, load_entry
 from scanlm.compiling import compile_model
 from scanlm.errors import ScanLMError, nearest
 from scanlm.flops import training_flops
+from scanlm.loss import loss_only
 from scanlm.scoring import context_limit
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -152,8 +152,7 @@ class TrainingStep:
         self.model = build(work, device, seed, checkpointing)
         halve_residual(self.model, dtype)
         self.vocab_size = int(build_model(work.model, device="meta").config.vocab_size)
-        takes = inspect.signature(self.model.forward).parameters
-        self.extra = {"return_logits": False} if "return_logits" in takes else {}
+        self.extra = loss_only(self.model)
         self.loss: Any = self._loss
         if work.compiled == "yes":
             compile_model(self.model)

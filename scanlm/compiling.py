@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from scanlm import kernels
 from scanlm.model import ScanLMForCausalLM
 
 SHAPES = 64  # a curriculum has a shape a stage; beyond torch's own limit it would run uncompiled
@@ -30,6 +31,7 @@ def compile_model(model: nn.Module, backend: str = "inductor") -> None:
         model: any causal language model.
         backend: of ``torch.compile``.
     """
+    kernels.trusted(next(model.parameters()).device)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
     if not isinstance(model, ScanLMForCausalLM):
         model.compile(backend=backend)

@@ -118,8 +118,9 @@ class Learner:
         self.settings, self.device = settings, device
         self.group = get_group(settings.group)
         self.model = build_model(settings, device)
-        if hasattr(self.model, "half_residual"):
-            self.model.half_residual = settings.half_residual
+        model: Any = self.model
+        if hasattr(model, "half_residual"):
+            model.half_residual = settings.half_residual
         if settings.compile:
             compile_model(self.model)
         self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]

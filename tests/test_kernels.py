@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scanlm import ScanLMConfig, ScanLMForCausalLM, gpt2, kernels, loss
 from scanlm.decoder import Decoder
-from scanlm.kernels import cross_entropy, decode, gelu, windows
+from scanlm.kernels import cross_entropy, decode, gelu, trial, windows
 from scanlm.loss import IGNORE, rows_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -183,6 +183,41 @@ def test_dropout_of_attention_weights_is_not_skipped(
     assert torch.isfinite(model(ids, labels=ids).loss)
     with pytest.raises(AssertionError, match="no dropout"):
         model.eval()(ids)
+
+
+def test_the_kernels_pass_their_trial(recwarn: pytest.WarningsRecorder) -> None:
+    assert trial.passes(torch.device(DEVICE))
+    assert not [w for w in recwarn if "Triton kernel" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "what"),
+    [
+        (windows, "attend_backward", "attention within windows .*gradients are off by"),
+        (gelu, "bias_gelu_backward", "bias and GELU .*gradients are off by"),
+        (cross_entropy, "cross_entropy_rows", "the loss .*values are off by"),
+    ],
+)
+def test_a_wrong_kernel_does_not(
+    module: Any, name: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = getattr(module, name)
+
+    def wrong(*args: Any) -> Any:
+        return type(made := right(*args))(2 * x for x in made)
+
+    monkeypatch.setattr(module, name, wrong)
+    with pytest.warns(UserWarning, match=f"the Triton kernel for {what}"):
+        assert not trial.passes(torch.device(DEVICE))
+
+
+def test_a_kernel_that_cannot_be_compiled_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> Any:
+        raise RuntimeError("out of resource: shared memory\nmore")
+
+    monkeypatch.setattr(gelu, "bias_gelu", refuse)
+    with pytest.warns(UserWarning, match=r"\(RuntimeError: out of resource: shared memory\)"):
+        assert not trial.passes(torch.device(DEVICE))
 
 
 @pytest.mark.parametrize("batch", [1, 3])

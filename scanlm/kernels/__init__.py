@@ -1,12 +1,14 @@
 """Triton kernels for what no library has: windows, their activations and the loss; decoding.
 
 Each computes what plain torch computes elsewhere in the package, which is the definition: on a CPU,
-in float32 or without Triton nothing here is imported.
+in float32 or without Triton nothing here is imported. Those of training are tried against plain
+torch before they are used (``trial``), those of decoding by the decoder that uses them.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,5 +25,20 @@ def usable(x: Tensor) -> bool:
     if not (available and x.is_cuda):
         return False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    half = dtype in (torch.bfloat16, torch.float16)
-    return half and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    # what is being compiled cannot try: whoever compiles does (scanlm.compiling)
+    return torch.compiler.is_compiling() or trusted(x.device)
+
+
+@cache
+def trusted(device: torch.device) -> bool:
+    """Whether the training kernels run on this device and agree with plain torch, tried once."""
+    global available
+    if not available or device.type != "cuda":
+        return False
+    from scanlm.kernels.trial import passes
+
+    if torch.cuda.get_device_capability(device) < (8, 0) or not passes(device):
+        available = False  # on no device: that is what compiled code looks at
+    return available

@@ -4,10 +4,9 @@
 T2 reads windows [prefix ; chunk] and T1 windows [left ; right], thousands of them a step. Kernels
 made for long sequences walk over a window in blocks, keep sums for the way back, and want queries,
 keys and values apart. Here one program owns one head of one window. All its scores fit in a tile,
-so the softmax is plain and nothing but the input is saved: the backward pass makes the scores
-again and writes the gradients of queries, keys and values side by side, as the product before it
-wants them. The bias of that product is added here, and its gradient summed, since everything is
-at hand.
+so the softmax is plain; the backward pass makes the scores again and writes the gradients of
+queries, keys and values side by side, as the product before it wants them. The bias of that product
+is added here, and its gradient summed, since everything is at hand.
 
 Shapes: groups of ``n`` windows of ``s`` tokens, of which the last ``a`` ask; ``d`` = n_embd.
 """
@@ -21,7 +20,7 @@ from torch import Tensor
 
 LONGEST = 128  # tokens of a window, features of a head: what one tile holds
 SHORTEST = 16  # side of the smallest tile that tensor cores multiply
-WARPS = 4
+WARPS, BLOCK = 4, 64  # of a program; tokens that the way back takes at once
 
 
 @triton.jit
@@ -41,33 +40,32 @@ def _with_bias(x_ptr, at, live, bias_ptr, D: tl.constexpr, D_TILE: tl.constexpr)
 
 
 @triton.jit
-def _softmax(
-    q, k, S: tl.constexpr, A: tl.constexpr, A_TILE: tl.constexpr, S_TILE: tl.constexpr,
-    SCALE: tl.constexpr, CAUSAL: tl.constexpr,
+def _scores(
+    q, k, first_q, first_k, S: tl.constexpr, A: tl.constexpr, Q_TILE: tl.constexpr,
+    K_TILE: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Attention weights ``(A_TILE, S_TILE)``, zero outside the window and above the diagonal."""
-    places = S - A + tl.arange(0, A_TILE)
-    others = tl.arange(0, S_TILE)
-    score = tl.dot(q, tl.trans(k), input_precision="ieee") * (SCALE * 1.4426950408889634)
+    """Scores to the base 2 of some queries and keys, minus infinity where nothing is read."""
+    places = S - A + first_q + tl.arange(0, Q_TILE)
+    others = first_k + tl.arange(0, K_TILE)
     seen = others[None, :] < S
     if CAUSAL:
         seen = seen & (others[None, :] <= places[:, None])
-    score = tl.where(seen, score, float("-inf"))
-    p = tl.exp2(score - tl.max(score, 1)[:, None])
-    return p / tl.sum(p, 1)[:, None]
+    score = tl.dot(q, tl.trans(k), input_precision="ieee") * (SCALE * 1.4426950408889634)
+    return tl.where(seen, score, float("-inf"))
 
 
 @triton.jit
 def forward_kernel(
-    q_ptr, kv_ptr, bias_ptr, out_ptr, Q_STRIDE, KV_STRIDE,
+    q_ptr, kv_ptr, bias_ptr, out_ptr, norm_ptr, Q_STRIDE, KV_STRIDE,
     S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     S_TILE: tl.constexpr, A_TILE: tl.constexpr, D_TILE: tl.constexpr,
     SCALE: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one head of one window."""
+    """Attention of one head of one window, and the logarithm of each query's sum of weights."""
     head, window = tl.program_id(0), tl.program_id(1)
     live = tl.arange(0, D_TILE)[None, :] < D
-    asked = (tl.arange(0, A_TILE)[:, None] < A) & live
+    lanes = tl.arange(0, A_TILE)
+    asked = (lanes[:, None] < A) & live
     present = (tl.arange(0, S_TILE)[:, None] < S) & live
     q_at = _rows(window * A, Q_STRIDE, A_TILE, D_TILE) + head * D
     kv_at = _rows(window * S, KV_STRIDE, S_TILE, D_TILE) + head * D
@@ -75,47 +73,79 @@ def forward_kernel(
     q = _with_bias(q_ptr, q_at, asked, bias, D, D_TILE)
     k = _with_bias(kv_ptr, kv_at, present, bias + H * D, D, D_TILE)
     v = _with_bias(kv_ptr + H * D, kv_at, present, bias + 2 * H * D, D, D_TILE)
-    p = _softmax(q, k, S, A, A_TILE, S_TILE, SCALE, CAUSAL)
-    out = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    score = _scores(q, k, 0, 0, S, A, A_TILE, S_TILE, SCALE, CAUSAL)
+    top = tl.max(score, 1)
+    p = tl.exp2(score - top[:, None])
+    total = tl.sum(p, 1)
+    out = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
     out_at = _rows(window * A, H * D, A_TILE, D_TILE) + head * D
     tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), asked)
+    norm_at = (window.to(tl.int64) * H + head) * A + lanes
+    tl.store(norm_ptr + norm_at, top + tl.log2(total), lanes < A)
 
 
 @triton.jit
 def backward_kernel(
-    q_ptr, kv_ptr, bias_ptr, grad_ptr, dq_ptr, dkv_ptr, part_ptr, Q_STRIDE, KV_STRIDE,
+    q_ptr, kv_ptr, bias_ptr, out_ptr, norm_ptr, grad_ptr, dq_ptr, dkv_ptr, part_ptr,
+    Q_STRIDE, KV_STRIDE,
     S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    S_TILE: tl.constexpr, A_TILE: tl.constexpr, D_TILE: tl.constexpr,
-    SCALE: tl.constexpr, CAUSAL: tl.constexpr,
+    TILE: tl.constexpr, D_TILE: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one head of one window, and their sums over its tokens for the bias."""
+    """Gradients of one head of one window, and their sums over its tokens for the bias.
+
+    It goes in at most two blocks of keys and two of queries, so that all sums stay in registers;
+    a block of queries that sees nothing of the keys is left out.
+    """
     head, window = tl.program_id(0), tl.program_id(1)
-    dims = tl.arange(0, D_TILE)
+    dims, lanes = tl.arange(0, D_TILE), tl.arange(0, TILE)
     live = dims[None, :] < D
-    asked = (tl.arange(0, A_TILE)[:, None] < A) & live
-    present = (tl.arange(0, S_TILE)[:, None] < S) & live
-    q_at = _rows(window * A, Q_STRIDE, A_TILE, D_TILE) + head * D
-    kv_at = _rows(window * S, KV_STRIDE, S_TILE, D_TILE) + head * D
-    grad_at = _rows(window * A, H * D, A_TILE, D_TILE) + head * D
     bias = bias_ptr + head * D
     part = part_ptr + window.to(tl.int64) * (3 * H * D) + head * D + dims
-    q = _with_bias(q_ptr, q_at, asked, bias, D, D_TILE)
-    k = _with_bias(kv_ptr, kv_at, present, bias + H * D, D, D_TILE)
-    grad = tl.load(grad_ptr + grad_at, asked, 0.0)
-    p = _softmax(q, k, S, A, A_TILE, S_TILE, SCALE, CAUSAL)
-    dv = tl.dot(tl.trans(p.to(q.dtype)), grad, input_precision="ieee")
-    tl.store(dkv_ptr + H * D + kv_at, dv.to(dkv_ptr.dtype.element_ty), present)
-    tl.store(part + 2 * H * D, tl.sum(dv, 0), dims < D)
-    v = _with_bias(kv_ptr + H * D, kv_at, present, bias + 2 * H * D, D, D_TILE)
-    dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
-    ds = p * (dp - tl.sum(p * dp, 1)[:, None]) * SCALE
-    ds = ds.to(q.dtype)
-    dq = tl.dot(ds, k, input_precision="ieee")
-    tl.store(dq_ptr + q_at, dq.to(dq_ptr.dtype.element_ty), asked)
-    tl.store(part, tl.sum(dq, 0), dims < D)
-    dk = tl.dot(tl.trans(ds), q, input_precision="ieee")
-    tl.store(dkv_ptr + kv_at, dk.to(dkv_ptr.dtype.element_ty), present)
-    tl.store(part + H * D, tl.sum(dk, 0), dims < D)
+    norms = norm_ptr + (window.to(tl.int64) * H + head) * A
+    dq_0 = tl.zeros((TILE, D_TILE), tl.float32)
+    dq_1 = tl.zeros((TILE, D_TILE), tl.float32)
+    dk_sum = tl.zeros((D_TILE,), tl.float32)
+    dv_sum = tl.zeros((D_TILE,), tl.float32)
+    for j in tl.static_range(0, S, TILE):
+        present = (j + lanes[:, None] < S) & live
+        kv_at = _rows(window * S + j, KV_STRIDE, TILE, D_TILE) + head * D
+        k = _with_bias(kv_ptr, kv_at, present, bias + H * D, D, D_TILE)
+        v = _with_bias(kv_ptr + H * D, kv_at, present, bias + 2 * H * D, D, D_TILE)
+        dk = tl.zeros((TILE, D_TILE), tl.float32)
+        dv = tl.zeros((TILE, D_TILE), tl.float32)
+        for i in tl.static_range(0, A, TILE):
+            if not CAUSAL or S - A + i + TILE > j:
+                asked = (i + lanes[:, None] < A) & live
+                q_at = _rows(window * A + i, Q_STRIDE, TILE, D_TILE) + head * D
+                out_at = _rows(window * A + i, H * D, TILE, D_TILE) + head * D
+                q = _with_bias(q_ptr, q_at, asked, bias, D, D_TILE)
+                grad = tl.load(grad_ptr + out_at, asked, 0.0)
+                out = tl.load(out_ptr + out_at, asked, 0.0).to(tl.float32)
+                mean = tl.sum(out * grad.to(tl.float32), 1)  # of dp under the weights
+                # queries that are none have no weights
+                norm = tl.load(norms + i + lanes, i + lanes < A, float("inf"))
+                score = _scores(q, k, i, j, S, A, TILE, TILE, SCALE, CAUSAL)
+                p = tl.exp2(score - norm[:, None])
+                dv = tl.dot(tl.trans(p.to(q.dtype)), grad, dv, input_precision="ieee")
+                dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
+                ds = (p * (dp - mean[:, None]) * SCALE).to(q.dtype)
+                dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
+                if i == 0:
+                    dq_0 = tl.dot(ds, k, dq_0, input_precision="ieee")
+                else:
+                    dq_1 = tl.dot(ds, k, dq_1, input_precision="ieee")
+        tl.store(dkv_ptr + kv_at, dk.to(dkv_ptr.dtype.element_ty), present)
+        tl.store(dkv_ptr + H * D + kv_at, dv.to(dkv_ptr.dtype.element_ty), present)
+        dk_sum += tl.sum(dk, 0)
+        dv_sum += tl.sum(dv, 0)
+    q_at = _rows(window * A, Q_STRIDE, TILE, D_TILE) + head * D
+    tl.store(dq_ptr + q_at, dq_0.to(dq_ptr.dtype.element_ty), (lanes[:, None] < A) & live)
+    if A > TILE:
+        asked = (TILE + lanes[:, None] < A) & live
+        tl.store(dq_ptr + q_at + TILE * Q_STRIDE, dq_1.to(dq_ptr.dtype.element_ty), asked)
+    tl.store(part, tl.sum(dq_0, 0) + tl.sum(dq_1, 0), dims < D)
+    tl.store(part + H * D, dk_sum, dims < D)
+    tl.store(part + 2 * H * D, dv_sum, dims < D)
 
 
 Group = tuple[int, int, int, slice, slice]  # n, s, a, rows of the queries, rows of the keys
@@ -144,22 +174,125 @@ def _split(packed: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _shape(queries: Tensor, heads: int, length: int, keep: int, causal: bool) -> dict[str, object]:
     features = queries.shape[1] // heads
-    tiles = [max(triton.next_power_of_2(n), SHORTEST) for n in (length, keep, features)]
     return {
         "S": length,
         "A": keep,
         "H": heads,
         "D": features,
-        "S_TILE": tiles[0],
-        "A_TILE": tiles[1],
-        "D_TILE": tiles[2],
+        "D_TILE": _tile(features),
         "SCALE": features**-0.5,
         "CAUSAL": causal,
         "num_warps": WARPS,
     }
 
 
+def _tile(n: int) -> int:
+    return max(triton.next_power_of_2(n), SHORTEST)
+
+
 @torch.library.custom_op("scanlm::window_attention", mutates_args=())
+def attend(
+    packed: Tensor,
+    q: Tensor | None,
+    bias: Tensor,
+    counts: list[int],
+    lengths: list[int],
+    keeps: list[int],
+    heads: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """``window_attention``, and flat the logarithms (base 2) of each query's sum of weights."""
+    queries, kv = _split(packed, q)
+    out = queries.new_empty(queries.shape)
+    norms = queries.new_empty(len(queries) * heads, dtype=torch.float32)
+    for count, length, keep, asked, rows in _groups(q, counts, lengths, keeps):
+        forward_kernel[(heads, count)](
+            queries[asked],
+            kv[rows],
+            bias,
+            out[asked],
+            norms[asked.start * heads :],
+            queries.stride(0),
+            kv.stride(0),
+            S_TILE=_tile(length),
+            A_TILE=_tile(keep),
+            **_shape(queries, heads, length, keep, causal),
+        )
+    return out, norms
+
+
+@attend.register_fake
+def _(packed, q, bias, counts, lengths, keeps, heads, causal):
+    shape = q.shape if q is not None else (len(packed), packed.shape[1] // 3)
+    return packed.new_empty(shape), packed.new_empty(shape[0] * heads, dtype=torch.float32)
+
+
+@torch.library.custom_op("scanlm::window_attention_backward", mutates_args=())
+def attend_backward(
+    grad: Tensor,
+    out: Tensor,
+    norms: Tensor,
+    packed: Tensor,
+    q: Tensor | None,
+    bias: Tensor,
+    counts: list[int],
+    lengths: list[int],
+    keeps: list[int],
+    heads: int,
+    causal: bool,
+) -> list[Tensor]:
+    """Gradients of ``packed``, of ``bias`` and, if it is given, of ``q``."""
+    queries, kv = _split(packed, q)
+    d_packed = packed.new_empty(packed.shape)
+    d_q = None if q is None else q.new_empty(q.shape)
+    d_queries, d_kv = _split(d_packed, d_q)
+    grad, out = grad.contiguous(), out.contiguous()
+    parts = packed.new_empty(sum(counts), len(bias), dtype=torch.float32)
+    first = 0
+    for count, length, keep, asked, rows in _groups(q, counts, lengths, keeps):
+        backward_kernel[(heads, count)](
+            queries[asked],
+            kv[rows],
+            bias,
+            out[asked],
+            norms[asked.start * heads :],
+            grad[asked],
+            d_queries[asked],
+            d_kv[rows],
+            parts[first:],
+            queries.stride(0),
+            kv.stride(0),
+            TILE=min(_tile(length), BLOCK),
+            **_shape(queries, heads, length, keep, causal),
+        )
+        first += count
+    d_bias = parts.sum(0).to(bias.dtype)
+    return [d_packed, d_bias] if d_q is None else [d_packed, d_bias, d_q]
+
+
+@attend_backward.register_fake
+def _(grad, out, norms, packed, q, bias, counts, lengths, keeps, heads, causal):
+    made = [packed.new_empty(packed.shape), bias.new_empty(bias.shape)]
+    return made if q is None else [*made, q.new_empty(q.shape)]
+
+
+def _save(ctx, inputs, output):
+    packed, q, bias, *rest = inputs
+    ctx.save_for_backward(*output, packed, q, bias)
+    ctx.rest = rest
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, _):
+    out, norms, packed, q, bias = ctx.saved_tensors
+    made = attend_backward(grad, out, norms, packed, q, bias, *ctx.rest)
+    d_q = made[2] if q is not None else None
+    return made[0], d_q, made[1], None, None, None, None, None
+
+
+attend.register_autograd(_backward, setup_context=_save)
+
+
 def window_attention(
     packed: Tensor,
     q: Tensor | None,
@@ -184,83 +317,4 @@ def window_attention(
     Returns:
         ``(sum n s, d)``, or ``(sum n a, d)`` if ``q`` is given.
     """
-    queries, kv = _split(packed, q)
-    out = queries.new_empty(queries.shape)
-    for count, length, keep, asked, rows in _groups(q, counts, lengths, keeps):
-        forward_kernel[(heads, count)](
-            queries[asked],
-            kv[rows],
-            bias,
-            out[asked],
-            queries.stride(0),
-            kv.stride(0),
-            **_shape(queries, heads, length, keep, causal),
-        )
-    return out
-
-
-@window_attention.register_fake
-def _(packed, q, bias, counts, lengths, keeps, heads, causal):
-    return (
-        packed.new_empty(len(packed), packed.shape[1] // 3) if q is None else q.new_empty(q.shape)
-    )
-
-
-@torch.library.custom_op("scanlm::window_attention_backward", mutates_args=())
-def window_attention_backward(
-    grad: Tensor,
-    packed: Tensor,
-    q: Tensor | None,
-    bias: Tensor,
-    counts: list[int],
-    lengths: list[int],
-    keeps: list[int],
-    heads: int,
-    causal: bool,
-) -> list[Tensor]:
-    """Gradients of ``packed``, of ``bias`` and, if it is given, of ``q``."""
-    queries, kv = _split(packed, q)
-    d_packed = packed.new_empty(packed.shape)
-    d_q = None if q is None else q.new_empty(q.shape)
-    d_queries, d_kv = _split(d_packed, d_q)
-    grad = grad.contiguous()
-    parts = packed.new_empty(sum(counts), len(bias), dtype=torch.float32)
-    first = 0
-    for count, length, keep, asked, rows in _groups(q, counts, lengths, keeps):
-        backward_kernel[(heads, count)](
-            queries[asked],
-            kv[rows],
-            bias,
-            grad[asked],
-            d_queries[asked],
-            d_kv[rows],
-            parts[first:],
-            queries.stride(0),
-            kv.stride(0),
-            **_shape(queries, heads, length, keep, causal),
-        )
-        first += count
-    d_bias = parts.sum(0).to(bias.dtype)
-    return [d_packed, d_bias] if d_q is None else [d_packed, d_bias, d_q]
-
-
-@window_attention_backward.register_fake
-def _(grad, packed, q, bias, counts, lengths, keeps, heads, causal):
-    made = [packed.new_empty(packed.shape), bias.new_empty(bias.shape)]
-    return made if q is None else [*made, q.new_empty(q.shape)]
-
-
-def _save(ctx, inputs, output):
-    packed, q, bias, *rest = inputs
-    ctx.save_for_backward(packed, q, bias)
-    ctx.rest = rest
-
-
-def _backward(ctx, grad):
-    packed, q, bias = ctx.saved_tensors
-    made = window_attention_backward(grad, packed, q, bias, *ctx.rest)
-    d_q = made[2] if q is not None else None
-    return made[0], d_q, made[1], None, None, None, None, None
-
-
-window_attention.register_autograd(_backward, setup_context=_save)
+    return attend(packed, q, bias, counts, lengths, keeps, heads, causal)[0]

@@ -213,8 +213,7 @@ class _Trainee:
     def finish(self, save_weights: str) -> None:
         """Evaluate at all lengths, save the weights, close the record."""
         model, settings = self.learner.model, self.settings
-        if settings.ema:
-            self.learner.use_ema()
+        self.learner.end()
         limit = position_limit(model, settings.start_token)
         lengths = [n for n in settings.eval_lengths if limit is None or n <= limit]
         beyond = [n for n in settings.eval_lengths if n not in lengths]

@@ -61,9 +61,9 @@ class StateTrackingSettings(BaseModel):
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=1.0, gt=0)
-    precision: Literal["bf16", "fp32"] = "bf16"  # autocast; weights are float32 either way
-    # the scan model's residual stream in bf16 too, where precision is bf16
-    half_residual: bool = False
+    # "bf16": autocast; "pure_bf16": a copy of the weights in bf16 computes, so that nothing is cast
+    # and gradients are summed up in bf16. The optimiser has float32 weights either way
+    precision: Literal["bf16", "pure_bf16", "fp32"] = "bf16"
     start_token: bool = False  # read the identity first; why: length_evaluation.word_logits
     stories: int | None = Field(default=None, ge=1)  # fixed words repeated for epochs
     ema: float = Field(default=0.0, ge=0, lt=1)  # decay of the averaged weights; 0: none

@@ -118,12 +118,14 @@ class Learner:
         self.settings, self.device = settings, device
         self.group = get_group(settings.group)
         self.model = build_model(settings, device)
-        model: Any = self.model
-        if hasattr(model, "half_residual"):
-            model.half_residual = settings.half_residual
+        # what computes, and what is optimised: float32, and the same tensors unless pure_bf16
+        self.weights: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        self.parameters = self.weights
+        if settings.precision == "pure_bf16":
+            self.parameters = [w.detach().clone() for w in self.weights]
+            self.model.to(torch.bfloat16)
         if settings.compile:
             compile_model(self.model)
-        self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         self.lr = torch.zeros((), device=device)
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -192,10 +194,12 @@ class Learner:
         with self._autocast():
             logits = self._logits(x)
         loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         loss.backward()
+        self._take_gradients()
         nn.utils.clip_grad_norm_(self.parameters, settings.clip, foreach=True)
         self.optimizer.step()
+        self._give_weights()
         with torch.no_grad():
             if self.ema:
                 torch._foreach_lerp_(self.ema, self.parameters, 1 - settings.ema)
@@ -203,6 +207,28 @@ class Learner:
             self.sums += torch.stack([loss.detach().double(), accuracy])
             self.step_on_device += 1
             self.stage_step_on_device += 1
+
+    def _forget_gradients(self) -> None:
+        for tensor in (*self.weights, *self.parameters):
+            tensor.grad = None
+
+    def _take_gradients(self) -> None:
+        """Gradients of the weights that compute to those that are optimised."""
+        if self.weights is self.parameters:
+            return
+        own, computed = [], []
+        for parameter, weight in zip(self.parameters, self.weights, strict=True):
+            if weight.grad is not None:
+                parameter.grad = torch.empty_like(parameter)
+                own.append(parameter.grad)
+                computed.append(weight.grad)
+        torch._foreach_copy_(own, computed)
+
+    def _give_weights(self) -> None:
+        """Optimised weights to those that compute."""
+        if self.weights is not self.parameters:
+            with torch.no_grad():
+                torch._foreach_copy_(self.weights, self.parameters)
 
     @torch.no_grad()
     def validate_step(self) -> None:
@@ -279,7 +305,7 @@ class Learner:
 
     def _capture(self, function: Callable[[], None], training: bool) -> Callable[[], None]:
         """The function as a CUDA graph; where that is not possible, the function itself."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         graph = torch.cuda.CUDAGraph()
         try:
             # entering waits for all streams; other runs go on afterwards
@@ -294,17 +320,20 @@ class Learner:
         self.used_graph = True
         return graph.replay
 
-    def use_ema(self) -> None:
-        """Put the averaged weights into the model, for the final evaluation."""
+    def end(self) -> None:
+        """Put the final weights into the model, in float32: the averaged ones if there are any."""
+        self.model.float()
+        final = self.ema or self.parameters
         with torch.no_grad():
-            for parameter, average in zip(self.parameters, self.ema, strict=bool(self.ema)):
-                parameter.copy_(average)
+            for parameter, weight in zip(self.model.parameters(), final, strict=True):
+                parameter.copy_(weight)
 
     def state(self) -> dict[str, Any]:
         """All that a run needs to go on, besides its settings."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),
+            "parameters": self.parameters if self.parameters is not self.weights else [],
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema,
         }
@@ -313,6 +342,9 @@ class Learner:
         """Continue from ``state()``."""
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
+        if state["parameters"]:  # the model holds them rounded
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr  # loading has replaced the tensor that steps write to

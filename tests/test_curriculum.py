@@ -125,6 +125,26 @@ def test_dropout_reaches_the_named_part_only() -> None:
     assert model.t2.h[0].attn.attn_pdrop == model.drop.p == 0.5
 
 
+def test_pure_bf16_computes_with_rounded_weights_and_optimises_exact_ones() -> None:
+    learner = Learner(preset_settings("smoke", [*TINY, "precision=pure_bf16"]), torch.device("cpu"))
+    exact = Learner(preset_settings("smoke", TINY), torch.device("cpu"))
+    for one in (learner, exact):
+        one.begin_stage(one.settings.stages[0])
+        one.advance(3)
+    for name, weight in learner.model.named_parameters():
+        assert weight.dtype == torch.bfloat16, name
+    rounded = [p.bfloat16() for p in learner.parameters]
+    assert all(torch.equal(w, r) for w, r in zip(learner.weights, rounded, strict=True))
+    assert all(p.dtype == torch.float32 for p in learner.parameters)
+    assert any(not torch.equal(p, p.bfloat16().float()) for p in learner.parameters)
+    first, second = (one.read(3)[0] for one in (learner, exact))
+    assert first != second  # bfloat16 was in effect
+    assert first == pytest.approx(second, rel=0.02)
+    learner.end()
+    for parameter, weight in zip(learner.model.parameters(), learner.parameters, strict=True):
+        assert torch.equal(parameter, weight)
+
+
 def test_a_step_does_no_work_on_the_host() -> None:
     """What a CUDA graph forbids: reading values back and copying data from the host."""
 
@@ -190,8 +210,13 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     return ScanLMForCausalLM.from_pretrained(folder / "checkpoint-final").state_dict()
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    changes = [*TINY, "ema=0.9", "state_noise=0.1", "left_fold=0.5"]
+@pytest.mark.parametrize(
+    "extra", [("ema=0.9", "state_noise=0.1", "left_fold=0.5"), ("precision=pure_bf16",)]
+)
+def test_interrupted_and_resumed_equals_uninterrupted(
+    tmp_path: Path, extra: tuple[str, ...]
+) -> None:
+    changes = [*TINY, *extra]
     settings = preset_settings("smoke", changes)
     whole = train(settings, root=tmp_path / "whole", device="cpu", save_weights="fp32")
     for _ in range(4):

@@ -271,8 +271,15 @@ def read_metrics(*paths: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else [*_IDENTITY, "name", "value"])
 
 
-def export(run_folder: str | Path, results: str | Path = "data/results") -> Path:
-    """Write a finished run, without weights and private paths, to one JSON file.
+def export(
+    run_folder: str | Path, results: str | Path = "data/results", unfinished: bool = False
+) -> Path:
+    """Write a run, without weights and private paths, to one JSON file.
+
+    Args:
+        run_folder: of the run.
+        results: where to.
+        unfinished: also one that was stopped, with what it had measured; captions say so.
 
     Returns:
         ``<results>/<experiment>/<run_id>.json``; exporting again writes the same bytes.
@@ -281,12 +288,13 @@ def export(run_folder: str | Path, results: str | Path = "data/results") -> Path
         ScanLMError: no run there, one that has not finished, or a folder that cannot be written.
     """
     run = Run.open(run_folder)
-    if not run.finished:
+    if not (run.finished or unfinished):
         raise ScanLMError(
             f"run {run.folder} has status {run.status!r}: only finished runs are exported; "
-            "continue it with the command that started it"
+            "continue it with the command that started it, or keep what it has with --unfinished"
         )
-    record = _without_paths(run.info) | {"summary": _without_paths(run.summary)}
+    summary = run.summary if run.finished else {}
+    record = _without_paths(run.info) | {"summary": _without_paths(summary)}
     metrics = [json.dumps(_without_paths(m)) for m in _read_lines(run.folder / METRICS_FILE)]
     text = _dump(record).rstrip().removesuffix("}").rstrip()
     listed = ",\n".join(f"    {metric}" for metric in metrics)
@@ -325,6 +333,8 @@ def source_line(run: Run | Mapping[str, Any] | pd.Series) -> str:
     named = [f"{n} {used[n]}" for n in ("torch", "transformers", "scanlm") if used.get(n)]
     parts += [", ".join(named)] if named else []
     parts.append(f"seed {record.get('seed')}")
+    if record.get("status") not in (None, "finished"):
+        parts.append(str(record.get("status")))
     commit = record.get("git_commit")
     if isinstance(commit, str):
         parts.append(f"commit {commit[:8]}{' (modified)' if record.get('git_dirty') else ''}")

@@ -105,6 +105,17 @@ def test_an_unfinished_run_is_continued(tmp_path: Path) -> None:
     assert len(read_metrics(again.folder)) == 1
 
 
+def test_what_a_stopped_run_measured_can_be_exported(tmp_path: Path) -> None:
+    run = make(tmp_path / "runs")
+    run.log("loss", 1.5, step=1)
+    run.fail("interrupted", "Ctrl-C")
+    path = export(run.folder, tmp_path / "results", unfinished=True)
+    record = json.loads(path.read_text())
+    assert (record["status"], record["summary"]) == ("interrupted", {})
+    assert len(read_metrics(path)) == 1
+    assert "; interrupted; " in source_line(read_runs(path).iloc[0])
+
+
 def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/home/me/bin/scanlm", "train", "--root=/home/me/runs"])
     run = make(tmp_path / "runs")

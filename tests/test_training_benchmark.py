@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from scanlm.benchmarks import training as bench
 from scanlm.benchmarks.failures import is_out_of_memory
+from scanlm.benchmarks.kernel_times import kind_of
 from scanlm.benchmarks.training import TrainingSpeedSettings, benchmark_training, plan
 from scanlm.benchmarks.training_step import TrainingStep, Work, build, flops_per_token
 from scanlm.cli import app
@@ -161,6 +162,42 @@ def test_everything_is_recorded_and_exported(tmp_path: Path) -> None:
     assert len(read_metrics(exported)) == len(metrics)
     assert benchmark_training(tiny(tmp_path), lines.append).folder == run.folder
     assert lines[-1].startswith("already finished")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_sm90_tst_192x192_64x3_2x1_v_bz_coopB_bias_NNN", "products"),
+        ("window_backward_kernel", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7", "attention"),
+        ("triton_per_fused__to_copy_add_native_layer_norm_native_layer_norm_backward_3", "norms"),
+        ("gelu_backward_kernel", "GELU"),
+        ("cross_entropy_kernel", "loss"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<...>", "optimiser"),
+        ("aten::mm", "products"),
+        ("aten::addmm", "products"),
+        ("aten::mm_like", "other"),
+        ("triton_red_fused_sum_0", "other"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+def test_where_the_time_goes(tmp_path: Path) -> None:
+    run = benchmark_training(tiny(tmp_path, parts=("kernels",), seq_lens=(64,)))
+    metrics = read_metrics(run.folder)
+    times = metrics[metrics["name"] == "kernel_milliseconds"].set_index("kind")["value"]
+    assert {"products", "attention", "norms", "optimiser", "loss"} <= set(times.index)
+    assert (times > 0).all()
+    step = metrics.loc[metrics["name"] == "step_milliseconds", "value"].item()
+    (ax,) = speed.by_kernel(metrics, source="from a test").axes
+    drawn = {
+        label.get_text(): bar.get_width()
+        for label, bar in zip(ax.get_yticklabels(), ax.patches, strict=True)
+    }
+    gaps = pytest.approx(max(step - times.sum(), 0))
+    assert drawn == {**times.to_dict(), f"gaps ({step:,.1f} ms in all)": gaps}
 
 
 def test_no_memory_and_refusals_cost_only_themselves(

@@ -4,7 +4,7 @@ Forward, backward and AdamW without dropout, the median of many steps. The most 
 measurements come first:
 
     1. every model at the first sequence length, the best way there is
-    2. the first model through the trainer, and its input pipeline alone
+    2. the first model through the trainer, its input pipeline alone, and where a step's time goes
     3. other ways of running the models (``scanlm.benchmarks.training_step``), compiled or not
     4. other chunk sizes of the scan models
     5. the other sequence lengths at the same number of tokens a step
@@ -30,6 +30,7 @@ import torch
 from scanlm.baselines import build_model, load_entry
 from scanlm.benchmarks.checks import check_name, usable_device
 from scanlm.benchmarks.failures import is_out_of_memory
+from scanlm.benchmarks.kernel_times import kernel_milliseconds
 from scanlm.benchmarks.subjects import no_leftovers
 from scanlm.benchmarks.timing import affordable_steps, time_once, time_steps
 from scanlm.benchmarks.training_input import batches_of, time_trainer
@@ -45,7 +46,18 @@ from scanlm.errors import ScanLMError
 from scanlm.records import Run, read_metrics
 
 HOPPER_PEAK = 790e12  # operations a second of large bf16 products, measured on an H200
-PARTS = ("step", "loader", "loading", "trainer", "modes", "compiled", "chunks", "lengths")
+PARTS = (
+    "step",
+    "trainer",
+    "loader",
+    "loading",
+    "kernels",
+    "modes",
+    "compiled",
+    "chunks",
+    "lengths",
+)
+PROFILED = 3  # steps
 LONGEST_UNROLLED = 32  # chunks; a node-by-node tree of more is not compiled
 GPU_MODELS = (
     "scanlm_base_c64",
@@ -217,7 +229,7 @@ def _plan(s: TrainingSpeedSettings) -> Iterator[Work]:
     firsts = [_first(s, model, s.seq_lens[0]) for model in s.models]
     if "step" in s.parts:
         yield from firsts
-    for part in ("trainer", "loader", "loading"):
+    for part in ("trainer", "loader", "loading", "kernels"):
         if part in s.parts:
             yield replace(firsts[0], part=part)
     if "modes" in s.parts:
@@ -360,7 +372,24 @@ def _trainer(s: TrainingSpeedSettings, work: Work) -> Iterator[Logged]:
         yield "peak_memory_bytes", torch.cuda.max_memory_allocated(device), {}
 
 
-_MEASURES = {"step": _step, "loading": _loading, "loader": _loader, "trainer": _trainer}
+def _kernels(s: TrainingSpeedSettings, work: Work) -> Iterator[Logged]:
+    """A bare loop, slowed down by the profiler: times of kinds of kernels, not of the step."""
+    device = s.torch_device()
+    step = TrainingStep(work, device, str(s.dtype), s.seed, checkpointing=s.checkpointing)
+    time_once(step, device)
+    times = time_steps(step, affordable_steps(step, s.steps, s.seconds, device), device)
+    yield from _speed(work, times)
+    for kind, spent in kernel_milliseconds(step, PROFILED, device).items():
+        yield "kernel_milliseconds", spent, {"kind": kind, "n": PROFILED}
+
+
+_MEASURES = {
+    "step": _step,
+    "kernels": _kernels,
+    "loading": _loading,
+    "loader": _loader,
+    "trainer": _trainer,
+}
 
 
 def _check_default(s: TrainingSpeedSettings) -> None:

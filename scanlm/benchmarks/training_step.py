@@ -42,8 +42,8 @@ class Work:
     """One thing to measure; its fields are the axes of its metrics.
 
     Attributes:
-        part: "step" (a bare loop on one batch), "loading" (a bare loop that reads its batches),
-            "loader" (reading alone) or "trainer".
+        part: "step" (a bare loop on one batch), "kernels" (the same, profiled), "loading" (a bare
+            loop that reads its batches), "loader" (reading alone) or "trainer".
         model: registry id, or path of a YAML file.
         mode: see the module; "default" for other families.
         compiled: one of ``COMPILED``.

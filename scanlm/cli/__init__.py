@@ -313,8 +313,11 @@ def figures(
 
 @app.command()
 def export(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of finished runs.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
     results: Annotated[Path, typer.Option(help="Where to.")] = Path("data/results"),
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Also stopped ones, with what they have measured.")
+    ] = False,
 ) -> None:
     """Write finished runs, without weights, to data/results, which is committed.
 
@@ -325,7 +328,7 @@ def export(
     from scanlm.records import export as export_run
 
     for folder in runs:
-        typer.echo(export_run(folder, results))
+        typer.echo(export_run(folder, results, unfinished))
 
 
 @app.command()

@@ -16,7 +16,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Measure speed and memory, and record them.",
 )
-PARTS = "step, loader, loading, trainer, modes, compiled, chunks, lengths"
+PARTS = "step, trainer, loader, loading, kernels, modes, compiled, chunks, lengths"
 
 
 @app.callback()

@@ -16,7 +16,7 @@ BLOCK = 2048  # logits that a program holds at once
 
 
 @triton.jit
-def rows_kernel(
+def cross_entropy_kernel(
     logits_ptr, target_ptr, loss_ptr, grad_ptr, STRIDE, V,
     IGNORE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +67,7 @@ def cross_entropy_rows(
     rows, columns = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float32)
     grad = torch.empty_like(logits) if gradient else logits.new_empty(0)
-    rows_kernel[(rows,)](
+    cross_entropy_kernel[(rows,)](
         logits,
         targets,
         losses,

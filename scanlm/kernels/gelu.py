@@ -22,7 +22,7 @@ def _sigmoid_argument(x):
 
 
 @triton.jit
-def forward_kernel(
+def gelu_forward_kernel(
     x_ptr, bias_ptr, out_ptr, R, N: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +40,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def gelu_backward_kernel(
     grad_ptr, x_ptr, bias_ptr, dx_ptr, part_ptr, R, N: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -80,7 +80,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """
     x, (rows, n) = x.contiguous(), x.shape
     out = torch.empty_like(x)
-    forward_kernel[_grid(rows, n)](x, bias, out, rows, n, ROWS, COLUMNS, STEP)
+    gelu_forward_kernel[_grid(rows, n)](x, bias, out, rows, n, ROWS, COLUMNS, STEP)
     return out
 
 
@@ -96,7 +96,7 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, T
     dx = torch.empty_like(x)
     grid = _grid(rows, n)
     parts = x.new_empty(grid[1], n, dtype=torch.float32)
-    backward_kernel[grid](grad, x, bias, dx, parts, rows, n, ROWS, COLUMNS, STEP)
+    gelu_backward_kernel[grid](grad, x, bias, dx, parts, rows, n, ROWS, COLUMNS, STEP)
     return dx, parts.sum(0).to(bias.dtype)
 
 

@@ -55,7 +55,7 @@ def _scores(
 
 
 @triton.jit
-def forward_kernel(
+def window_forward_kernel(
     q_ptr, kv_ptr, bias_ptr, out_ptr, norm_ptr, Q_STRIDE, KV_STRIDE,
     S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     S_TILE: tl.constexpr, A_TILE: tl.constexpr, D_TILE: tl.constexpr,
@@ -85,7 +85,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def window_backward_kernel(
     q_ptr, kv_ptr, bias_ptr, out_ptr, norm_ptr, grad_ptr, dq_ptr, dkv_ptr, part_ptr,
     Q_STRIDE, KV_STRIDE,
     S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
@@ -206,7 +206,7 @@ def attend(
     out = queries.new_empty(queries.shape)
     norms = queries.new_empty(len(queries) * heads, dtype=torch.float32)
     for count, length, keep, asked, rows in _groups(q, counts, lengths, keeps):
-        forward_kernel[(heads, count)](
+        window_forward_kernel[(heads, count)](
             queries[asked],
             kv[rows],
             bias,
@@ -250,7 +250,7 @@ def attend_backward(
     parts = packed.new_empty(sum(counts), len(bias), dtype=torch.float32)
     first = 0
     for count, length, keep, asked, rows in _groups(q, counts, lengths, keeps):
-        backward_kernel[(heads, count)](
+        window_backward_kernel[(heads, count)](
             queries[asked],
             kv[rows],
             bias,

@@ -315,6 +315,7 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "training_speed": _speed(speed.by_model),
     "training_speed_by_length": _speed(speed.by_length),
     "training_memory_by_length": _speed(partial(speed.by_length, name="peak_memory_bytes")),
+    "training_time_by_kernel": _speed(speed.by_kernel),
     "training_speed_by_chunk_size": _speed(speed.by_chunk_size),
     "reading_the_past": lambda _: comparison.reading_the_past(),
     "comparison": _comparison(comparison.cost_curves),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from scanlm.errors import ScanLMError
+from scanlm.plotting.style import FAINT, MUTED, caption, model_styles, new_figure, style
 from scanlm.plotting.training import throughput
 
 if TYPE_CHECKING:
@@ -53,9 +54,8 @@ def by_model(metrics: pd.DataFrame, source: str | None = None) -> Figure:
     """
     rows = measured(metrics)
     length = rows["length"].iloc[0]
-    figure = throughput(rows[rows["length"] == length], by="variant", source=source)
-    figure.axes[0].set_title(f"Training speed at {int(length):,} tokens a sequence")
-    return figure
+    title = f"Training speed at {int(length):,} tokens a sequence"
+    return throughput(rows[rows["length"] == length], by="variant", source=source, title=title)
 
 
 def by_length(
@@ -75,10 +75,10 @@ def by_length(
     several = rows.groupby("variant")["length"].transform("nunique") > 1
     if not several.any():
         raise ScanLMError("the records have one sequence length only: nothing to draw over it")
-    figure = throughput(rows[several], x="length", by="variant", name=name, source=source)
     memory = name == "peak_memory_bytes"
+    title = "Memory of a training step" if memory else "Training speed by length"
+    figure = throughput(rows[several], "length", "variant", name, source, title)
     axes = figure.axes[0]
-    axes.set_title("Memory of a training step" if memory else "Training speed by length")
     axes.set_xlabel("tokens a sequence, at about as many tokens a step")
     if memory:
         axes.set_ylabel("peak memory (bytes)")
@@ -99,10 +99,46 @@ def by_chunk_size(metrics: pd.DataFrame, source: str | None = None) -> Figure:
     first = (rows["length"] == rows["length"].iloc[0]) & (rows["mode"] == "blelloch")
     rows = rows[first & (rows["compiled"] == rows["compiled"].iloc[0])]
     rows = rows.assign(model=rows["model"].str.replace(r"_c\d+$", "", regex=True))
-    figure = throughput(rows, x="chunk_size", source=source)
-    figure.axes[0].set_title("Training speed by chunk size")
+    figure = throughput(rows, "chunk_size", source=source, title="Training speed by chunk size")
     figure.axes[0].set_xlabel("chunk size (tokens)")
     return figure
 
 
-__all__ = ["by_chunk_size", "by_length", "by_model", "measured"]
+def by_kernel(metrics: pd.DataFrame, source: str | None = None) -> Figure:
+    """Where the time of a training step goes: one bar a kind of kernel, and what lies between.
+
+    Args:
+        metrics: frame of ``records.read_metrics``.
+        source: caption.
+
+    Raises:
+        ScanLMError: as ``measured``, for the part "kernels".
+    """
+    rows = measured(metrics, "kernels")
+    last = rows[rows["run_id"] == rows["run_id"].iloc[-1]]
+    times = last[last["name"] == "kernel_milliseconds"].set_index("kind")["value"]
+    step = float(last.loc[last["name"] == "step_milliseconds", "value"].iloc[0])
+    times = times.sort_values()
+    gap = max(step - float(times.sum()), 0.0)
+    named = {f"gaps ({step:,.1f} ms in all)": gap, **times.to_dict()}
+    row = last.iloc[0]
+    color = model_styles([row["model"]])[row["model"]].color
+    with style():
+        figure = new_figure(7.4, 0.38 * len(named) + 1.3)
+        ax = figure.subplots()
+        bars = ax.barh(list(named), list(named.values()), height=0.62, color=color)
+        bars[0].set_color(FAINT)
+        ax.bar_label(bars, fmt="{:.1f}", padding=6, fontsize=9, color=MUTED)
+        ax.set_xlabel("milliseconds a step")
+        ax.set_title(f"{row['variant']}: a step of {row['batch_size']:.0f} x {row['length']:,.0f}")
+        ax.grid(True, axis="x")
+        ax.grid(False, axis="y")
+        ax.tick_params(axis="y", length=0)
+        ax.margins(x=0.14)
+        ax.set_xlim(left=0)
+        if source:
+            caption(figure, source)
+    return figure
+
+
+__all__ = ["by_chunk_size", "by_kernel", "by_length", "by_model", "measured"]

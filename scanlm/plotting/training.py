@@ -93,7 +93,7 @@ def _series(rows: pd.DataFrame, by: str) -> list[tuple[str, FamilyStyle, pd.Data
     if by not in rows:
         raise ScanLMError(f"the records have no column {by!r}.{nearest(by, rows.columns)}")
     keys = list(rows[by].dropna().unique())
-    if by == "model":
+    if by in ("model", "variant"):  # a variant's name begins with its model's
         styles = model_styles(keys)
         return [(styles[k].label, styles[k], rows[rows[by] == k]) for k in keys]
     keys = sorted(keys)
@@ -375,7 +375,7 @@ def chunk_size_comparison(
             ax.minorticks_off()
             ax.set(xlabel="chunk size (tokens)", ylabel=ylabel, title=" ".join(title.split()))
         if len(panels) > 1:
-            axes[1].set_ylim(bottom=0)
+            axes[1].set_ylim(0, 1.08 * axes[1].dataLim.y1)
             axes[1].yaxis.set_major_formatter(EngFormatter(sep=""))
         _finish(axes[0], source)
     return figure
@@ -387,6 +387,7 @@ def throughput(
     by: str = "model",
     name: str = "tokens_per_second",
     source: str | None = None,
+    title: str = "Speed",
 ) -> Figure:
     """Tokens per second: bars by model, or lines over an axis of the records.
 
@@ -398,6 +399,7 @@ def throughput(
         by: column that tells series apart.
         name: metric to draw.
         source: caption.
+        title: of the figure.
 
     Raises:
         ScanLMError: the records have no such metric or axis.
@@ -413,7 +415,7 @@ def throughput(
             ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter(ScalarFormatter())
             ax.set(xlabel=x.replace("_", " "), ylabel=NAME_LABELS.get(name, name))
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, 1.08 * values["value"].max())
             ax.yaxis.set_major_formatter(EngFormatter(sep=""))
         else:
             series = _series(values, by)
@@ -441,6 +443,6 @@ def throughput(
             ax.set_xlim(left=0)
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
             ax.set_xlabel(NAME_LABELS.get(name, name))
-        ax.set_title("Speed")
+        ax.set_title(title)
         _finish(ax, source)
     return figure

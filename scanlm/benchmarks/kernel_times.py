@@ -1,0 +1,59 @@
+"""Where the time of a training step goes: its kernels by what they are for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+# what a kernel (or, on a CPU, an operation) is for, by its name; the first that fits
+KINDS: dict[str, str] = {
+    "attention": r"window_(forward|backward)_kernel|flash|fmha|sdpa|attention|chunk_gla|delta_rule",
+    "loss": r"cross_entropy|logsumexp|nll_loss",
+    "products": r"nvjet|gemm|gemv|cutlass|cublas|splitk|wgmma|aten::(add)?mm$|aten::bmm",
+    "optimiser": r"multi_tensor|adam",
+    "GELU": r"gelu|silu|swiglu",
+    "norms": r"layer_norm|layernorm|rms_norm|GammaBeta",
+    "embeddings": r"embedding|gather|scatter|index|compute_grad_weight|segment",
+    "copies": r"copy|Memcpy|Memset|Cat|aten::cat|fill|zero_",
+}
+OTHER = "other"
+
+
+def kind_of(name: str) -> str:
+    """Which of ``KINDS`` a kernel is, else ``OTHER``."""
+    found = (kind for kind, words in KINDS.items() if re.search(words, name, re.IGNORECASE))
+    return next(found, OTHER)
+
+
+def kernel_milliseconds(
+    step: Callable[[], Any], count: int, device: torch.device
+) -> dict[str, float]:
+    """Milliseconds of a step by kind of kernel, largest first.
+
+    Args:
+        step: warmed up; queues its work.
+        count: steps to average over.
+        device: a GPU, whose kernels are counted; or a CPU, whose operations are (each without
+            those that it calls).
+    """
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+    with profile(activities=activities) as recorded:
+        for _ in range(count):
+            step()
+        if cuda:
+            torch.cuda.synchronize(device)
+    times: dict[str, float] = {}
+    for event in recorded.key_averages():
+        if cuda and event.device_type.name != "CUDA":
+            continue
+        if cuda and event.key.startswith("Optimizer."):  # a range around kernels
+            continue
+        spent = event.self_device_time_total if cuda else event.self_cpu_time_total
+        kind = kind_of(event.key)
+        times[kind] = times.get(kind, 0.0) + spent / 1e3 / count
+    return dict(sorted(times.items(), key=lambda item: -item[1]))

@@ -119,7 +119,7 @@ class Attention(nn.Module):
         weight, bias = self.c_attn.weight, self.c_attn.bias
         if past is None and self._kernel_fits(x, groups):
             asking = torch.mm(take_kept(x, groups), weight[:, :d]) if only_kept else None
-            out = windows.window_attention(
+            out, _ = windows.window_attention(
                 torch.mm(x, weight[:, d:] if only_kept else weight),
                 asking,
                 bias,

@@ -66,6 +66,7 @@ class WindowGPT2LMHeadModel(CausalGPT2LMHeadModel):
         position_ids: Tensor | None = None,  # generate() gives what it sees in the signature
         inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        return_logits: bool = True,  # the trainer looks for it in the signature
         **kwargs: Any,
     ) -> Any:
         """As ``CausalGPT2LMHeadModel.forward``; a mask of 4 dimensions is used as it is."""
@@ -88,6 +89,7 @@ class WindowGPT2LMHeadModel(CausalGPT2LMHeadModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             logits_to_keep=logits_to_keep,
+            return_logits=return_logits,
             **kwargs,
         )
 

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from scanlm.errors import ScanLMError
+from scanlm.loss import loss_only
 from scanlm.window import WindowGPT2Config, WindowGPT2LMHeadModel
 
 WINDOW = 6
@@ -39,6 +40,9 @@ def test_it_is_gpt2_under_a_band_mask(model: WindowGPT2LMHeadModel, ids: torch.T
     out = model(ids, labels=ids)
     torch.testing.assert_close(out.logits, expected.logits)
     torch.testing.assert_close(out.loss, expected.loss)
+    assert loss_only(model) == {"return_logits": False}  # so the trainer never holds all logits
+    alone = model(ids, labels=ids, **loss_only(model)).loss
+    torch.testing.assert_close(alone, expected.loss, check_dtype=False, rtol=1e-6, atol=0)
     assert not torch.allclose(out.logits, gpt2(ids).logits)  # the window does matter
 
 

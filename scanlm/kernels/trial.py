@@ -74,10 +74,11 @@ def _cases(device: torch.device) -> Iterator[Case]:
     heads, d, half = 2, 128, LONGEST // 2
 
     def windows(packed: Tensor, bias: Tensor, causal: bool) -> Tensor:
-        return window_attention(packed, None, bias, [2], [LONGEST], [LONGEST], heads, causal)
+        whole = [LONGEST]
+        return window_attention(packed, None, bias, [2], whole, whole, heads, causal)[0]
 
     def asked(packed: Tensor, q: Tensor, bias: Tensor) -> Tensor:
-        return window_attention(packed, q, bias, [2], [LONGEST], [half], heads, True)
+        return window_attention(packed, q, bias, [2], [LONGEST], [half], heads, True)[0]
 
     def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         q, k, v = (x.view(2, -1, heads, d // heads).transpose(1, 2) for x in (q, k, v))

@@ -191,7 +191,7 @@ def _tile(n: int) -> int:
 
 
 @torch.library.custom_op("scanlm::window_attention", mutates_args=())
-def attend(
+def window_attention(
     packed: Tensor,
     q: Tensor | None,
     bias: Tensor,
@@ -201,7 +201,21 @@ def attend(
     heads: int,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``window_attention``, and flat the logarithms (base 2) of each query's sum of weights."""
+    """Attention within windows.
+
+    Args:
+        packed: ``(sum n s, 3 d)``, queries, keys and values side by side; or ``(sum n s, 2 d)``,
+            keys and values, if ``q`` is given.
+        q: ``(sum n a, d)``, queries of the last ``a`` tokens of each window.
+        bias: ``(3 d,)``, added to queries, keys and values.
+        counts, lengths, keeps: n, s and a of each group; a counts if ``q`` is given.
+        heads: attention heads.
+        causal: whether a token reads no later one.
+
+    Returns:
+        ``(sum n s, d)``, or ``(sum n a, d)`` if ``q`` is given; and for the way back the logarithm
+        (base 2) of each query's and head's sum of weights, flat.
+    """
     queries, kv = _split(packed, q)
     out = queries.new_empty(queries.shape)
     norms = queries.new_empty(len(queries) * heads, dtype=torch.float32)
@@ -221,14 +235,14 @@ def attend(
     return out, norms
 
 
-@attend.register_fake
+@window_attention.register_fake
 def _(packed, q, bias, counts, lengths, keeps, heads, causal):
     shape = q.shape if q is not None else (len(packed), packed.shape[1] // 3)
     return packed.new_empty(shape), packed.new_empty(shape[0] * heads, dtype=torch.float32)
 
 
 @torch.library.custom_op("scanlm::window_attention_backward", mutates_args=())
-def attend_backward(
+def window_attention_backward(
     grad: Tensor,
     out: Tensor,
     norms: Tensor,
@@ -270,7 +284,7 @@ def attend_backward(
     return [d_packed, d_bias] if d_q is None else [d_packed, d_bias, d_q]
 
 
-@attend_backward.register_fake
+@window_attention_backward.register_fake
 def _(grad, out, norms, packed, q, bias, counts, lengths, keeps, heads, causal):
     made = [packed.new_empty(packed.shape), bias.new_empty(bias.shape)]
     return made if q is None else [*made, q.new_empty(q.shape)]
@@ -285,36 +299,9 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad, _):
     out, norms, packed, q, bias = ctx.saved_tensors
-    made = attend_backward(grad, out, norms, packed, q, bias, *ctx.rest)
+    made = window_attention_backward(grad, out, norms, packed, q, bias, *ctx.rest)
     d_q = made[2] if q is not None else None
     return made[0], d_q, made[1], None, None, None, None, None
 
 
-attend.register_autograd(_backward, setup_context=_save)
-
-
-def window_attention(
-    packed: Tensor,
-    q: Tensor | None,
-    bias: Tensor,
-    counts: list[int],
-    lengths: list[int],
-    keeps: list[int],
-    heads: int,
-    causal: bool,
-) -> Tensor:
-    """Attention within windows.
-
-    Args:
-        packed: ``(sum n s, 3 d)``, queries, keys and values side by side; or ``(sum n s, 2 d)``,
-            keys and values, if ``q`` is given.
-        q: ``(sum n a, d)``, queries of the last ``a`` tokens of each window.
-        bias: ``(3 d,)``, added to queries, keys and values.
-        counts, lengths, keeps: n, s and a of each group; a counts if ``q`` is given.
-        heads: attention heads.
-        causal: whether a token reads no later one.
-
-    Returns:
-        ``(sum n s, d)``, or ``(sum n a, d)`` if ``q`` is given.
-    """
-    return attend(packed, q, bias, counts, lengths, keeps, heads, causal)[0]
+window_attention.register_autograd(_backward, setup_context=_save)

@@ -38,6 +38,9 @@ class ScanLMConfig(PretrainedConfig):
             the chunk, so sequences may be of any length).
         t1_causal: mask T1 causally, which is what the original code ran; the paper has no mask.
         leaf_norm: a LayerNorm on T0's output, so that leaves have the scale of T1's outputs.
+        prefix_embedding: add a learned vector to prefix states where T2 reads them. With one token
+            a chunk and positions within it T2 could not tell a first token x from a second one,
+            whose window is [x ; x].
         tie_word_embeddings: use the token embedding as the output projection too.
 
     Raises:
@@ -65,6 +68,7 @@ class ScanLMConfig(PretrainedConfig):
     position_embedding: str = "absolute"
     t1_causal: bool = False
     leaf_norm: bool = True
+    prefix_embedding: bool = False
     activation_function: str = "gelu_new"
     resid_pdrop: float = 0.1
     embd_pdrop: float = 0.1

@@ -234,7 +234,7 @@ class Decoder:
             self.model._check_length(group.length + 1)
             prefix = group.counter.prefix
             if group.length % c == 0 and prefix is not None:
-                self._fill(group.rows, prefix)
+                self._fill(group.rows, self.model.mark(prefix))
         self._step()
         for group in self.groups:
             group.length += 1

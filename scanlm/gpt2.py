@@ -96,6 +96,15 @@ class ResidualProjection(Conv1D):
         self.initial_std: float = config.initializer_range / math.sqrt(2 * num_layers)
 
 
+class PrefixEmbedding(nn.Embedding):
+    """A vector that marks prefix states, at first not lost beside leaves of size 1."""
+
+    initial_std = 0.3
+
+    def __init__(self, config: ScanLMConfig) -> None:
+        super().__init__(1, config.n_embd)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention within each window."""
 
@@ -280,10 +289,7 @@ def init_weights(module: nn.Module, std: float) -> None:
     """GPT-2's initialisation of one module; residual projections are scaled by depth."""
     if isinstance(module, Conv1D | nn.Linear | nn.Embedding):
         # decided here: transformers ignores a second initialisation of the same weight
-        init.normal_(
-            module.weight,
-            std=module.initial_std if isinstance(module, ResidualProjection) else std,
-        )
+        init.normal_(module.weight, std=getattr(module, "initial_std", std))
         if isinstance(module, Conv1D):
             init.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm):

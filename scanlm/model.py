@@ -33,7 +33,7 @@ from scanlm.cache import RaggedScanCache, ScanCache
 from scanlm.config import ScanLMConfig
 from scanlm.errors import ScanLMError
 from scanlm.generation import StateGenerationMixin
-from scanlm.gpt2 import Stack, init_weights
+from scanlm.gpt2 import PrefixEmbedding, Stack, init_weights
 from scanlm.loss import IGNORE, linear_cross_entropy
 from scanlm.scan import lowest_bit, scan_tree, sequential_scan
 
@@ -70,6 +70,7 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         self.leaf_norm = (
             nn.LayerNorm(c.n_embd, eps=c.layer_norm_epsilon) if c.leaf_norm else nn.Identity()
         )
+        self.wse = PrefixEmbedding(c) if c.prefix_embedding else None
         self.drop = nn.Dropout(c.embd_pdrop)
         self.t1 = Stack(c, c.t1_layers, causal=c.t1_causal)
         self.t2 = Stack(c, c.t2_layers, causal=True)
@@ -167,6 +168,12 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
 
     # T2
 
+    def mark(self, prefixes: Tensor) -> Tensor:
+        """Prefix states as T2 reads them: with the prefix embedding, if there is one."""
+        if self.wse is None:
+            return prefixes
+        return prefixes + self.wse.weight.to(prefixes.dtype)
+
     def predict(self, x: Tensor, prefixes: Tensor | None, skip: int = 0) -> Tensor:
         """T2 over all chunks at once.
 
@@ -182,6 +189,7 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         b, t, d = x.shape
         c = self.config.chunk_size
         full, rest = divmod(t, c)
+        prefixes = None if prefixes is None else self.mark(prefixes)
         bare = 1 if prefixes is None or prefixes.shape[1] < full + (rest > 0) else 0
         windows, keep = [], []
         first = max(skip, bare)
@@ -234,7 +242,7 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         """Some tokens ``(b, s, d)`` of one chunk through T2, keeping its keys and values."""
         begins = cache.chunk is None
         prefix = cache.counter.prefix if begins else None
-        window = x if prefix is None else torch.cat([prefix, x], dim=1)
+        window = x if prefix is None else torch.cat([self.mark(prefix), x], dim=1)
         (hidden,) = self.t2([window], [x.shape[1]], cache.window)
         cache.chunk = x if cache.chunk is None else torch.cat([cache.chunk, x], dim=1)
         if cache.fill == self.config.chunk_size:

@@ -21,7 +21,7 @@ SHAPES: list[dict[str, Any]] = [
     {},
     {"position_embedding": "chunk", "leaf_norm": False},
     {"t1_causal": True, "t1_layers": 2, "chunk_size": 3},
-    {"chunk_size": 1},
+    {"chunk_size": 1, "position_embedding": "chunk", "prefix_embedding": True},
 ]
 property_test = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

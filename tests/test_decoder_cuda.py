@@ -23,6 +23,7 @@ SHAPES: list[dict[str, Any]] = [
     {"position_embedding": "absolute", "n_positions": 512, "leaf_norm": False},
     {"n_embd": 96, "n_head": 4, "n_inner": 200, "chunk_size": 12, "t1_layers": 2},
     {"chunk_size": 96},
+    {"chunk_size": 1, "prefix_embedding": True},
     {"activation_function": "relu"},  # not in the kernels: torch operations in a graph
 ]
 

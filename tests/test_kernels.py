@@ -222,7 +222,11 @@ def test_a_kernel_that_cannot_be_compiled_does_not(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
-    "overrides", [{}, {"position_embedding": "chunk", "n_embd": 48, "n_head": 3, "chunk_size": 6}]
+    "overrides",
+    [
+        {"prefix_embedding": True},
+        {"position_embedding": "chunk", "n_embd": 48, "n_head": 3, "chunk_size": 6},
+    ],
 )
 def test_decoding_kernels_give_the_logits_of_the_model(
     batch: int, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -72,7 +72,8 @@ def reference_logits(model: ScanLMForCausalLM, input_ids: Tensor) -> Tensor:
     chunks = list(x.split(c, dim=1))
     logits = []
     for prefix, chunk in zip(sequential_scan(t1, chunks), chunks, strict=True):
-        window = chunk if prefix is None else torch.cat([prefix, chunk], dim=1)
+        marker = 0 if model.wse is None else model.wse.weight
+        window = chunk if prefix is None else torch.cat([prefix + marker, chunk], dim=1)
         out = reference_stack(model.t2, window, config.n_head, True, eps)
         logits.append(out[:, -chunk.shape[1] :] @ model.lm_head.weight.T)
     return torch.cat(logits, dim=1)
@@ -96,6 +97,7 @@ def next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
         {"t1_causal": True},
         {"leaf_norm": False},
         {"position_embedding": "chunk"},
+        {"prefix_embedding": True},
         {"t1_layers": 2},
         {"t1_layers": 2, "t1_causal": True, "position_embedding": "chunk", "leaf_norm": False},
         {"t2_layers": 1, "n_inner": 7, "tie_word_embeddings": True},
@@ -112,12 +114,23 @@ def test_logits_and_gradients_are_those_of_the_definition(
     reference_loss = next_token_loss(expected, ids)
     torch.testing.assert_close(out.loss, reference_loss, **EXACT)
 
-    used = [(n, p) for n, p in model.named_parameters() if tokens > 8 or not n.startswith("t1.")]
+    unused = ("t1.", "wse.") if tokens <= 4 else ("t1.",) if tokens <= 8 else ()
+    used = [(n, p) for n, p in model.named_parameters() if not n.startswith(unused)]
     parameters = [p for _, p in used]
     actual = torch.autograd.grad(out.loss, parameters)
     wanted = torch.autograd.grad(reference_loss, parameters)
     for (name, _), a, w in zip(used, actual, wanted, strict=True):
         torch.testing.assert_close(a, w, **EXACT, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("told_apart", [False, True])
+def test_a_prefix_embedding_tells_a_word_from_its_repetition(
+    make_model: Make, told_apart: bool
+) -> None:
+    fields = {"chunk_size": 1, "position_embedding": "chunk"}
+    model = make_model(**fields, prefix_embedding=told_apart)
+    first, second = model(torch.tensor([[7, 7]])).logits[0]
+    assert torch.allclose(first, second) == (not told_apart)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 5])

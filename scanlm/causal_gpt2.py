@@ -107,6 +107,7 @@ class CausalGPT2LMHeadModel(GPT2LMHeadModel):
             return super().forward(
                 input_ids, labels=labels, logits_to_keep=logits_to_keep, **inputs, **kwargs
             )
+        inputs["use_cache"] = False  # a loss is of whole sequences
         hidden = self.transformer(input_ids, **inputs).last_hidden_state
         targets = shift_labels
         if targets is None and labels is not None:

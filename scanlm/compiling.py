@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import GPT2LMHeadModel
 
 from scanlm import kernels
 from scanlm.model import ScanLMForCausalLM
@@ -18,21 +19,27 @@ from scanlm.model import ScanLMForCausalLM
 SHAPES = 64  # a curriculum has a shape a stage; beyond torch's own limit it would run uncompiled
 
 
-def compile_model(model: nn.Module, backend: str = "inductor") -> None:
+def compile_model(model: nn.Module, backend: str = "inductor", many_shapes: bool = False) -> None:
     """Compile a model in place; its parameters keep their names.
 
     A scan model: the leaves, T2's blocks and its final norm, T1 for any number of pairs, and the
-    loss. Another model: as a whole.
-    Call it before the model is wrapped for several ranks, and evaluate under
+    loss. Another model: as a whole. Call it before the
+    model is wrapped for several ranks, and evaluate under
     ``torch.compiler.set_stance("eager_on_recompile")``, so that a batch of another shape is not
     compiled for.
 
     Args:
         model: any causal language model.
         backend: of ``torch.compile``.
+        many_shapes: compile GPT-2's blocks too, one for all, instead of the whole: the whole is a
+            little faster, but takes its half minute again for every shape of a batch.
     """
     kernels.trusted(next(model.parameters()).device)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+    if isinstance(model, GPT2LMHeadModel) and many_shapes:
+        for block in model.transformer.h:
+            block.compile(backend=backend, dynamic=False)
+        return
     if not isinstance(model, ScanLMForCausalLM):
         model.compile(backend=backend)
         return

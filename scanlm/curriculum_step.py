@@ -125,7 +125,7 @@ class Learner:
             self.parameters = [w.detach().clone() for w in self.weights]
             self.model.to(torch.bfloat16)
         if settings.compile:
-            compile_model(self.model)
+            compile_model(self.model, many_shapes=True)
         self.lr = torch.zeros((), device=device)
         self.optimizer = torch.optim.AdamW(
             self.parameters,

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from scanlm.causal_gpt2 import CausalGPT2LMHeadModel
 from scanlm.compiling import compile_model
+from scanlm.loss import loss_only
 
 Make = Callable[..., Any]
 
@@ -25,7 +27,7 @@ def _fresh() -> Iterator[None]:
 def step(model: Any, ids: Tensor) -> dict[str, Tensor]:
     """Loss and gradients."""
     model.zero_grad()
-    loss = model(ids, labels=ids).loss
+    loss = model(ids, labels=ids, **loss_only(model)).loss
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), **gradients}
@@ -91,3 +93,22 @@ def test_other_models_are_compiled_whole(make_ids: Make) -> None:
     compile_model(model, backend="aot_eager")
     torch.testing.assert_close(step(model, ids), expected)
     assert counters["stats"]["unique_graphs"] > 0
+
+
+def test_blocks_of_gpt2_serve_many_shapes() -> None:
+    shape = {"vocab_size": 31, "n_embd": 16, "n_head": 2, "n_positions": 64}
+    shape |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+    def build() -> CausalGPT2LMHeadModel:
+        torch.manual_seed(0)
+        return CausalGPT2LMHeadModel(GPT2Config(**shape, n_layer=3)).double()
+
+    plain, model = build(), build()
+    compile_model(model, backend="aot_eager", many_shapes=True)
+    counts = []
+    for tokens in (6, 9, 6):
+        ids = torch.randint(31, (2, tokens), generator=torch.Generator().manual_seed(tokens))
+        torch.testing.assert_close(step(model, ids), step(plain, ids), rtol=1e-10, atol=1e-10)
+        counts.append(int(counters["stats"]["unique_graphs"]))
+    assert counts == [1, 2, 2]
+    assert not counters["graph_break"]

@@ -214,7 +214,7 @@ class _Trainee:
         """Evaluate at all lengths, save the weights, close the record."""
         model, settings = self.learner.model, self.settings
         self.learner.end()
-        limit = position_limit(model, settings.start_token)
+        limit = position_limit(model)
         lengths = [n for n in settings.eval_lengths if limit is None or n <= limit]
         beyond = [n for n in settings.eval_lengths if n not in lengths]
         reaches = {}
@@ -227,7 +227,6 @@ class _Trainee:
                 settings.eval_long_sequences,
                 settings.eval_batch_tokens,
                 precision,
-                start_token=settings.start_token,
             )
             for name, value, axes in result.metrics():
                 self.record.log(name, value, step=self.learner.step, tokens=self.tokens, **axes)

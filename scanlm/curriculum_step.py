@@ -48,7 +48,7 @@ def build_model(settings: StateTrackingSettings, device: torch.device | str = "c
             from scanlm.baselines import build_model as build_registered
 
             model = build_registered(settings.model, vocab_size=order, **settings.config)
-    check_lengths(model, [s.length for s in settings.stages], settings.start_token)
+    check_lengths(model, [s.length for s in settings.stages])
     return model.to(device)
 
 
@@ -74,7 +74,7 @@ def learning_rate(stage: Stage, step: Tensor) -> Tensor:
     return stage.lr * warm
 
 
-def folded_logits(model: Any, x: Tensor, rows: int, start_token: bool = False) -> Tensor:
+def folded_logits(model: Any, x: Tensor, rows: int) -> Tensor:
     """A scan model's logits when the first ``rows`` words are folded leaf by leaf.
 
     ``prefix(i) = T1(prefix(i - 1), x_(i-1))``: the same product under another bracketing. At
@@ -83,20 +83,17 @@ def folded_logits(model: Any, x: Tensor, rows: int, start_token: bool = False) -
 
     Args:
         model: a ``ScanLMForCausalLM``.
-        x: ``(b, t)`` tokens; with the start token a multiple of the chunk size.
+        x: ``(b, t)`` tokens, a multiple of the chunk size.
         rows: how many words to fold; the others use the scan's tree.
-        start_token: see ``word_logits``.
 
     Returns:
         ``(b, t, order)``.
     """
     c = model.config.chunk_size
-    if start_token:
-        x = torch.cat([torch.zeros_like(x[:, :1]), x], dim=1)
     leaves = model.embed(x)
     m = x.shape[1] // c - 1
     if m < 1:
-        return model.lm_head(model.predict(leaves, None))[:, start_token:]
+        return model.lm_head(model.predict(leaves, None))
     chunks = leaves[:, : m * c].unflatten(1, (m, c))
     state = chunks[:rows, 0]
     folded = [state]
@@ -108,7 +105,7 @@ def folded_logits(model: Any, x: Tensor, rows: int, start_token: bool = False) -
         parts.append(model.prefix_states(chunks[rows:]))
     dtype = parts[-1].dtype
     prefixes = torch.cat([part.to(dtype) for part in parts])
-    return model.lm_head(model.predict(leaves, prefixes))[:, start_token:]
+    return model.lm_head(model.predict(leaves, prefixes))
 
 
 class Learner:
@@ -166,12 +163,12 @@ class Learner:
         share = self.settings.left_fold if stage.length >= self.settings.fold_from_length else 0
         rows = round(share * stage.batch)
         if rows:
-            self._logits = lambda x: folded_logits(self.model, x, rows, self.settings.start_token)
+            self._logits = lambda x: folded_logits(self.model, x, rows)
         if self.stream is not None:  # the runs' streams do not wait for the default one
             torch.cuda.synchronize(self.device)
 
     def _plain_logits(self, x: Tensor) -> Tensor:
-        return word_logits(self.model, x, self.settings.start_token)
+        return word_logits(self.model, x)
 
     def _autocast(self) -> torch.autocast:
         enabled = self.settings.precision == "bf16"

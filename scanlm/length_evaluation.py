@@ -108,33 +108,21 @@ def reach(accuracies: Mapping[int, float], level: float = 0.99) -> int:
     return result
 
 
-def word_logits(model: nn.Module, tokens: Tensor, start_token: bool = False) -> Tensor:
-    """Logits ``(b, t, order)`` of words ``(b, t)``.
-
-    With ``start_token`` the model first reads the identity (element 0), which changes no product
-    and is not scored. A scan model with chunk_size 1 and positions within the chunk needs it: its
-    T2 sees the window [x] at a word's first element and [x; x] at the second if g_1 = g_2 = x.
-    Attention over equal tokens is that over one, so both have the same output, but the targets
-    are x and x x. Without a start the second position is wrong wherever g_1 = g_2 is not the
-    identity: in 1/4 of the words of Z2, in 0.8 % of those of S5. After a start the windows [e]
-    and [e; e] have the same target.
-    """
-    if start_token:
-        tokens = torch.cat([torch.zeros_like(tokens[:, :1]), tokens], dim=1)
+def word_logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits ``(b, t, order)`` of words ``(b, t)``."""
     logits: Tensor = model(input_ids=tokens, use_cache=False).logits
-    return logits[:, 1:] if start_token else logits
+    return logits
 
 
-def position_limit(model: nn.Module, start_token: bool = False) -> int | None:
+def position_limit(model: nn.Module) -> int | None:
     """The longest word that can be read: ``n_positions`` of absolute positions, else ``None``."""
     config = getattr(model, "config", None)
     if getattr(config, "position_embedding", "absolute") != "absolute":
         return None
-    limit = getattr(config, "n_positions", None)
-    return None if limit is None else limit - start_token
+    return getattr(config, "n_positions", None)
 
 
-def check_lengths(model: nn.Module, lengths: Sequence[int], start_token: bool = False) -> None:
+def check_lengths(model: nn.Module, lengths: Sequence[int]) -> None:
     """Refuse lengths below 1 and beyond the model's positions.
 
     Raises:
@@ -144,13 +132,11 @@ def check_lengths(model: nn.Module, lengths: Sequence[int], start_token: bool = 
         raise ScanLMError("lengths is empty: name at least one length to evaluate")
     if min(lengths) < 1:
         raise ScanLMError(f"length must be at least 1, got {min(lengths)}")
-    limit = position_limit(model, start_token)
+    limit = position_limit(model)
     if limit is not None and max(lengths) > limit:
-        start = " less one for the start token" if start_token else ""
         raise ScanLMError(
-            f"length {max(lengths)} is beyond n_positions={limit + start_token}{start}: a "
-            "model with absolute positions has no embedding there; leave the length out or use a "
-            "larger n_positions"
+            f"length {max(lengths)} is beyond n_positions={limit}: a model with absolute "
+            "positions has no embedding there; leave the length out or use a larger n_positions"
         )
 
 
@@ -174,7 +160,6 @@ def evaluate_lengths(
     batch_tokens: int = 2**17,
     precision: str = "fp32",
     seed: int = 0,
-    start_token: bool = False,
 ) -> LengthEvaluation:
     """Accuracy at many lengths on new words of the test stream.
 
@@ -188,13 +173,12 @@ def evaluate_lengths(
         precision: "fp32", or "bf16" for autocast.
         seed: of the test words; the same for every model, so that models are compared on equal
             words.
-        start_token: as in training, see ``word_logits``.
 
     Raises:
         ScanLMError: a length below 1 or beyond ``n_positions``, an unknown precision.
     """
     group = get_group(group)
-    check_lengths(model, lengths, start_token)
+    check_lengths(model, lengths)
     if precision not in PRECISIONS:
         raise ScanLMError(f"unknown precision {precision!r}.{nearest(precision, PRECISIONS)}")
     if sequences < 1 or long_sequences < 1:
@@ -206,7 +190,7 @@ def evaluate_lengths(
     model.eval()
     for shared in filter(None, passes):
         n = sequences if shared[-1] <= SHARED else long_sequences
-        _one_pass(model, group, shared, n, batch_tokens, precision, seed, start_token, result)
+        _one_pass(model, group, shared, n, batch_tokens, precision, seed, result)
     model.train(was_training)
     return result
 
@@ -219,7 +203,6 @@ def _one_pass(
     batch_tokens: int,
     precision: str,
     seed: int,
-    start_token: bool,
     result: LengthEvaluation,
 ) -> None:
     device = next(model.parameters()).device
@@ -234,7 +217,7 @@ def _one_pass(
         x, y = word_batch(group, rows, longest, seed, step, device, "test")
         kept = min(rows, sequences - step * rows)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = word_logits(model, x[:kept], start_token)
+            logits = word_logits(model, x[:kept])
         hits = logits.argmax(-1) == y[:kept]
         running = hits.cumsum(1)[:, at]
         correct += hits.sum(0)

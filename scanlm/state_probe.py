@@ -42,15 +42,14 @@ def prefix_depth(chunks: int) -> int:
     return max(chunks.bit_length() + chunks.bit_count() - 2, 0)
 
 
-def depth_at(position: int, chunk_size: int = 1, start_token: bool = False) -> int:
+def depth_at(position: int, chunk_size: int = 1) -> int:
     """Depth of the tree that the prediction at a position of the word reads.
 
     Args:
         position: from 1, as records count them.
         chunk_size: of the model.
-        start_token: whether a start is read before the word, see ``word_logits``.
     """
-    return prefix_depth((position - 1 + start_token) // chunk_size)
+    return prefix_depth((position - 1) // chunk_size)
 
 
 def _check_scan(model: nn.Module) -> Any:
@@ -61,23 +60,14 @@ def _check_scan(model: nn.Module) -> Any:
     return model
 
 
-def _inputs(tokens: Tensor, start_token: bool) -> Tensor:
-    if start_token:
-        return torch.cat([torch.zeros_like(tokens[:, :1]), tokens], dim=1)
-    return tokens
-
-
 @torch.no_grad()
-def prefix_states(
-    model: nn.Module, group: Group | str, tokens: Tensor, start_token: bool = False
-) -> tuple[Tensor, Tensor]:
+def prefix_states(model: nn.Module, group: Group | str, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """The states that T2 reads, and the products they stand for.
 
     Args:
         model: a ``ScanLMForCausalLM`` whose vocabulary is the group's.
         group: the group or its name.
         tokens: words ``(b, t)``.
-        start_token: as in training, see ``word_logits``.
 
     Returns:
         States ``(b, m, c, d)`` of the first 1, 2, ... m chunks, and the products ``(b, m)`` of
@@ -90,15 +80,14 @@ def prefix_states(
     from scanlm.groups import running_products, table_on
 
     c = scan.config.chunk_size
-    x = _inputs(tokens, start_token)
-    m = (x.shape[1] - 1) // c
+    m = (tokens.shape[1] - 1) // c
     if m < 1:
         raise ScanLMError(
             f"words of {tokens.shape[1]} tokens are one chunk of chunk_size={c}: there is no "
             "prefix state; use longer words"
         )
-    read = x[:, : m * c]
-    products = running_products(table_on(get_group(group), x.device), read)[:, c - 1 :: c]
+    read = tokens[:, : m * c]
+    products = running_products(table_on(get_group(group), tokens.device), read)[:, c - 1 :: c]
     return scan.prefix_states(scan.embed(read).unflatten(1, (m, c))), products
 
 
@@ -173,7 +162,6 @@ def by_depth(
     length: int,
     trained_length: int,
     words: int = 256,
-    start_token: bool = False,
     batch_tokens: int = 2**15,
 ) -> pd.DataFrame:
     """Follow the prefix states of words down to the depths that their length needs.
@@ -185,7 +173,6 @@ def by_depth(
         trained_length: the probe is fitted on the states of words this long, other words than
             those it is read on.
         words: how many to read.
-        start_token: as in training.
         batch_tokens: tokens a batch.
 
     Returns:
@@ -201,13 +188,13 @@ def by_depth(
     scan, group = _check_scan(model), get_group(group)
     c = scan.config.chunk_size
     device = next(model.parameters()).device
-    check_lengths(model, [length, trained_length], start_token)
+    check_lengths(model, [length, trained_length])
     was_training = model.training
     model.eval()
 
     fit_words = max(words, 20 * group.order)
     fit, _ = word_batch(group, fit_words, trained_length, WORDS_SEED, 0, device, "validation")
-    states, products = prefix_states(model, group, fit, start_token)
+    states, products = prefix_states(model, group, fit)
     probe = Probe(states.flatten(0, 1).flatten(1), products.flatten(), group.order)
 
     codes = leaf_codes(model).float() if c == 1 else None
@@ -217,10 +204,10 @@ def by_depth(
         tokens, targets = word_batch(group, rows, length, WORDS_SEED, step, device, "test")
         kept = min(rows, words - first)
         tokens, targets = tokens[:kept], targets[:kept]
-        states, products = prefix_states(model, group, tokens, start_token)
-        wrong = word_logits(model, tokens, start_token).argmax(-1) != targets
+        states, products = prefix_states(model, group, tokens)
+        wrong = word_logits(model, tokens).argmax(-1) != targets
         m = states.shape[1]
-        readers = torch.arange(1, m + 1, device=device) * c - int(start_token)  # from 0
+        readers = torch.arange(1, m + 1, device=device) * c  # from 0
         found = {
             "error": wrong[:, readers],
             "probe_error": probe.predict(states.flatten(2)) != products,
@@ -246,7 +233,7 @@ def by_depth(
         between = torch.pdist(codes).mean().item()
         table[["distance", "distance_right"]] /= between
     chunks = range(1, n + 1)
-    table.insert(0, "position", [i * c - start_token + 1 for i in chunks])
+    table.insert(0, "position", [i * c + 1 for i in chunks])
     table.insert(1, "chunks", list(chunks))
     table.insert(2, "depth", [prefix_depth(i) for i in chunks])
     return table
@@ -259,7 +246,6 @@ def repair_gain(
     length: int,
     sizes: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0),
     words: int = 64,
-    start_token: bool = False,
 ) -> pd.DataFrame:
     """How much of an error in T1's left operand is left in its result.
 
@@ -272,7 +258,6 @@ def repair_gain(
         length: of the words; their states at every position are used.
         sizes: norms of the noise, as shares of the state's norm.
         words: how many.
-        start_token: as in training.
 
     Returns:
         One row a size and position: ``size``, ``chunks``, ``depth``, and ``gain``: the relative
@@ -286,11 +271,10 @@ def repair_gain(
     was_training = model.training
     model.eval()
     tokens, _ = word_batch(group, words, length, WORDS_SEED, 0, device, "test")
-    states, _ = prefix_states(model, group, tokens, start_token)
+    states, _ = prefix_states(model, group, tokens)
     m = states.shape[1]
-    x = _inputs(tokens, start_token)
     # the leaf after each prefix; the last one may be partial and has no node
-    leaves = scan.embed(x[:, : (x.shape[1] // c) * c]).unflatten(1, (-1, c))[:, 1 : m + 1]
+    leaves = scan.embed(tokens[:, : (length // c) * c]).unflatten(1, (-1, c))[:, 1 : m + 1]
     left, right = states[:, : leaves.shape[1]].flatten(0, 1), leaves.flatten(0, 1)
     clean = scan.aggregate(left, right).flatten(1)
     generator = torch.Generator().manual_seed(0)

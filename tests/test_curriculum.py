@@ -171,7 +171,7 @@ def test_folding_is_another_bracketing_of_the_same_words() -> None:
     config = {**PRESETS["smoke"]["config"], "initializer_range": 0.5}
     model = ScanLMForCausalLM(ScanLMConfig(vocab_size=6, **config)).double().eval()
     x, _ = word_batch("S3", 4, 7)
-    plain, folded = word_logits(model, x, True), folded_logits(model, x, 2, True)
+    plain, folded = word_logits(model, x), folded_logits(model, x, 2)
     torch.testing.assert_close(folded[2:], plain[2:])
     torch.testing.assert_close(folded[:, :3], plain[:, :3])  # up to 3 leaves there is one tree
     assert (folded[:2, 3:] - plain[:2, 3:]).abs().max() > 0.01
@@ -181,21 +181,17 @@ def test_folding_is_another_bracketing_of_the_same_words() -> None:
             return [w.sum(1, keepdim=True) for w in windows]
 
     model.t1 = Sum()  # associative: then the bracketing makes no difference
-    torch.testing.assert_close(folded_logits(model, x, 4, True), word_logits(model, x, True))
+    torch.testing.assert_close(folded_logits(model, x, 4), word_logits(model, x))
 
 
-def test_without_a_start_t2_cannot_tell_x_from_x_x() -> None:
-    """Why ``start_token`` exists: [x] and [x; x] are one window to attention."""
+@pytest.mark.parametrize("preset", ["paper", "laptop", "smoke"])
+def test_t2_can_tell_x_from_x_x(preset: str) -> None:
+    """[x] and [x; x] are one window to attention, but their products differ."""
     torch.manual_seed(0)
-    config = {**PRESETS["smoke"]["config"], "initializer_range": 0.5}
+    config = {**PRESETS[preset]["config"], "n_embd": 32, "n_head": 4, "initializer_range": 0.5}
     model = ScanLMForCausalLM(ScanLMConfig(vocab_size=6, **config)).eval()
-    words = torch.tensor([[4, 4], [3, 4]])
-    logits = word_logits(model, words)
-    torch.testing.assert_close(logits[0, 0], logits[0, 1])
-    assert (logits[1, 1] - logits[0, 1]).abs().max() > 0.01
-    started = word_logits(model, words, start_token=True)
-    assert started.shape == logits.shape
-    assert (started[0, 0] - started[0, 1]).abs().max() > 0.01
+    first, second = word_logits(model, torch.tensor([[4, 4]]))[0]
+    assert not torch.allclose(first, second, atol=0.01)
 
 
 # Whole runs
@@ -386,11 +382,9 @@ def test_beyond_the_positions_is_refused_and_recorded(tmp_path: Path) -> None:
     model = ScanLMForCausalLM(config)
     with pytest.raises(ScanLMError, match="length 17 is beyond n_positions=16"):
         evaluate_lengths(model, "S3", [4, 17], 4)
-    with pytest.raises(ScanLMError, match="n_positions=16 less one for the start token"):
-        evaluate_lengths(model, "S3", [16], 4, start_token=True)
     with pytest.raises(ScanLMError, match="length must be at least 1, got 0"):
         evaluate_lengths(model, "S3", [0, 4], 4)
     changes = [*TINY, "config.position_embedding=absolute", "config.n_positions=6"]
     record = train(preset_settings("smoke", changes), root=tmp_path, device="cpu")
     summary = json.loads((record.folder / "summary.json").read_text())
-    assert summary["not_possible"] == {"8": "beyond the 5 positions of the model"}
+    assert summary["not_possible"] == {"8": "beyond the 6 positions of the model"}

@@ -71,25 +71,20 @@ def test_depth_is_that_of_the_trace() -> None:
 def test_depth_at_a_position() -> None:
     assert depth_at(1) == depth_at(2) == 0  # no prefix, and one leaf
     assert depth_at(4) == prefix_depth(3) == 2
-    assert depth_at(4, start_token=True) == prefix_depth(4) == 2
     assert depth_at(9, chunk_size=4) == prefix_depth(2) == 1
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3])
-@pytest.mark.parametrize("start_token", [False, True])
-def test_states_stand_for_the_products_of_their_tokens(chunk_size: int, start_token: bool) -> None:
+def test_states_stand_for_the_products_of_their_tokens(chunk_size: int) -> None:
     group, model = get_group("S3"), small(chunk_size=chunk_size).eval()
     tokens, targets = word_batch(group, 4, 12, seed=0)
-    states, products = prefix_states(model, group, tokens, start_token)
-    m = (12 + start_token - 1) // chunk_size
+    states, products = prefix_states(model, group, tokens)
+    m = (12 - 1) // chunk_size
     assert states.shape == (4, m, chunk_size, 16)
-    ends = [i * chunk_size - 1 - start_token for i in range(1, m + 1)]
-    for i, end in enumerate(ends):
-        expected = targets[:, end] if end >= 0 else torch.zeros(4, dtype=torch.int64)
-        assert torch.equal(products[:, i], expected)
+    for i in range(m):
+        assert torch.equal(products[:, i], targets[:, (i + 1) * chunk_size - 1])
     # the first state is the first chunk's leaf
-    first = torch.cat([torch.zeros_like(tokens[:, :1]), tokens], 1) if start_token else tokens
-    assert torch.equal(states[:, 0], model.embed(first[:, :chunk_size]))
+    assert torch.equal(states[:, 0], model.embed(tokens[:, :chunk_size]))
 
 
 def test_a_probe_separates_what_is_linearly_separable_and_no_more() -> None:
@@ -129,12 +124,12 @@ def test_drift_is_seen_as_distance_that_grows_with_the_nodes() -> None:
 def test_untrained_models_are_wrong_and_left_as_they_were() -> None:
     model = small().train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    table = by_depth(model, "S3", length=20, trained_length=6, words=40, start_token=True)
+    table = by_depth(model, "S3", length=20, trained_length=6, words=40)
     assert model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert list(table["position"]) == list(range(1, 21))
+    assert list(table["position"]) == list(range(2, 21))
     assert table["error"].mean() > 0.5
-    again = by_depth(model, "S3", length=20, trained_length=6, words=40, start_token=True)
+    again = by_depth(model, "S3", length=20, trained_length=6, words=40)
     assert table.equals(again)
 
 
@@ -156,20 +151,17 @@ def test_larger_chunks_have_no_leaf_of_an_element() -> None:
         leaf_codes(model)
 
 
-@pytest.mark.parametrize("start_token", [False, True])
 @pytest.mark.parametrize("chunk_size", [1, 3])
-def test_gain_of_a_known_operator(
-    chunk_size: int, start_token: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gain_of_a_known_operator(chunk_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small(chunk_size=chunk_size)
     # the left operand and what is twice as far: relative errors are kept
     monkeypatch.setattr(model, "aggregate", lambda left, right: 2 * left)
-    kept = repair_gain(model, "S3", 10, sizes=(0.1, 0.5), words=5, start_token=start_token)
+    kept = repair_gain(model, "S3", 10, sizes=(0.1, 0.5), words=5)
     torch.testing.assert_close(
         torch.tensor(kept["gain"].to_numpy()), torch.ones(len(kept)).double()
     )
     monkeypatch.setattr(model, "aggregate", lambda left, right: right)
-    gone = repair_gain(model, "S3", 10, words=5, start_token=start_token)
+    gone = repair_gain(model, "S3", 10, words=5)
     assert (gone["gain"] == 0).all()
 
 

@@ -60,6 +60,7 @@ class InferenceSettings:
         steps: tokens timed at each position.
         seconds: at most so long, roughly, for the tokens of one measurement.
         batch_sizes: of the part batches, at ``batch_position``.
+        batch_models: which of the models; ``None``: all.
         chunk_sizes: of the part chunks, at ``batch_position``.
         seed: of weights and prompts.
         root: folder of all runs.
@@ -82,6 +83,7 @@ class InferenceSettings:
     steps: int = 256
     seconds: float = 20.0
     batch_sizes: tuple[int, ...] = ()
+    batch_models: tuple[str, ...] | None = None
     chunk_sizes: tuple[int, ...] = ()
     batch_position: int = 1000
     seed: int = 42
@@ -90,7 +92,7 @@ class InferenceSettings:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name in (*self.models, *(self.timeline_models or ())):
+        for name in (*self.models, *(self.timeline_models or ()), *(self.batch_models or ())):
             check_name("model", name, SUBJECTS)
         check_name("size", self.size, SIZES)
         if self.dtype is not None:
@@ -186,12 +188,13 @@ def benchmark_inference(settings: InferenceSettings, report: Callable[[str], Non
 
 def _plan(s: InferenceSettings) -> Iterator[Measurement]:
     timed = s.models if s.timeline_models is None else s.timeline_models
+    batched = s.models if s.batch_models is None else s.batch_models
     for model in timed if s.max_new_tokens else ():
         yield Measurement("timeline", model, s.prompt_len, s.batch_size, s.chunk_size)
     for model in s.models:
         for position in s.positions:
             yield Measurement("positions", model, position, s.batch_size, s.chunk_size)
-    for model in s.models:
+    for model in batched:
         for batch in s.batch_sizes:
             yield Measurement("batches", model, s.batch_position, batch, s.chunk_size)
     for chunk in s.chunk_sizes:
@@ -233,15 +236,11 @@ def _measure(
         subject.room = new + work.chunk_size
         logged = list((_timeline if work.part == "timeline" else _steady)(settings, work, subject))
     except Exception as error:
-        if isinstance(error, ScanLMError | ModuleNotFoundError):
-            name = "not_available"
-        elif is_out_of_memory(error):
-            name = "out_of_memory"
-        else:
-            raise
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        run.log(name, 1, reason=text, **asdict(work))
-        report(f"{label}: {name.replace('_', ' ')}")
+        # a kernel that refuses its input must not cost the measurements after it
+        name = "out_of_memory" if is_out_of_memory(error) else "not_available"
+        reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+        run.log(name, 1, reason=reason, **asdict(work))
+        report(f"{label}: {name.replace('_', ' ')} ({reason})")
         return
     axes = {**asdict(work), "dtype": str(subject.dtype).removeprefix("torch.")}
     for name, value, more in logged:

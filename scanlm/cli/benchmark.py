@@ -103,6 +103,9 @@ def inference(
     steps: Annotated[int | None, typer.Option(help="Tokens timed at each of them: 256.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Time for them, about: 20.")] = None,
     batch_sizes: Annotated[str | None, typer.Option(help="Throughput of these: 1,64.")] = None,
+    batch_models: Annotated[
+        str | None, typer.Option(help="Which of the models have it measured; default all.")
+    ] = None,
     chunk_sizes: Annotated[str | None, typer.Option(help="Also with these: 16,256.")] = None,
     batch_position: Annotated[
         int | None, typer.Option(help="Where batch and chunk sizes are measured: 1000.")
@@ -131,7 +134,8 @@ def inference(
     given |= {"max_new_tokens": max_new_tokens, "steps": steps, "seconds": seconds}
     given |= {"batch_position": batch_position, "root": str(root)}
     given["picture"] = str(picture) if picture is not None else None
-    for name, text in (("models", models), ("timeline_models", timeline_models)):
+    chosen = {"models": models, "timeline_models": timeline_models, "batch_models": batch_models}
+    for name, text in chosen.items():
         given[name] = None if text is None else tuple(filter(None, text.split(",")))
     given |= {"positions": _numbers("--positions", positions)}
     given |= {"batch_sizes": _numbers("--batch-sizes", batch_sizes)}

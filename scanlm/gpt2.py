@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -34,6 +36,9 @@ from scanlm.config import ScanLMConfig
 
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 TINY_WINDOW = 4  # tokens; longer windows go to a fused attention kernel
+# for keys that grow with every call: cuDNN, which torch prefers on Hopper, would build a plan for
+# each new length, some 40 ms
+GROWING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 if kernels.available:
     from scanlm.kernels import gelu, windows
@@ -179,7 +184,8 @@ class Attention(nn.Module):
         if tiny:
             out = tiny_attention(q, k, v, mask, dropout)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=triangle)
+            with nullcontext() if past is None else sdpa_kernel(GROWING):
+                out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=triangle)
         return out.transpose(1, 2)
 
 

@@ -163,6 +163,12 @@ def measure(
         for parameter in plain.parameters():
             if parameter.dim() == 1:  # norms begin as ones: a misplaced one would not be noticed
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        for layer in plain.modules():
+            if hasattr(layer, "k_proj"):
+                # The first output is (q k) v, and a norm divides by its length: where random keys
+                # are nearly orthogonal to the query, rounding decides most of the gradient
+                key, query = layer.k_proj.weight, layer.q_proj.weight
+                key.copy_((key + query) / math.sqrt(2))
     weights = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     reference = outputs(plain.double(), ids)
     plain.float()

@@ -645,3 +645,24 @@ def test_attention_in_tiny_windows_is_attention(
     torch.testing.assert_close(actual.double(), expected, rtol=rounding, atol=rounding)
     dropped = tiny_attention(query, key, torch.ones_like(value), mask, 0.5)
     assert dropped.unique().numel() > 1  # weights no longer add up to one
+
+
+def test_growing_windows_never_go_to_cudnn(
+    make_model: Make, make_ids: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed: list[bool] = []
+    real = F.scaled_dot_product_attention
+
+    def attention(*args: Any, **options: Any) -> Tensor:
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return real(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    model, ids = make_model(chunk_size=8), make_ids(1, 20)
+    cache = model(ids[:, :18], use_cache=True).past_key_values
+    first, allowed[:] = list(allowed), []
+    model(ids[:, 18:19], past_key_values=cache)
+    assert first
+    assert first[0]  # T1 in the tree: equal shapes, any kernel
+    assert allowed
+    assert not any(allowed)

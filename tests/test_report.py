@@ -1,14 +1,26 @@
-"""The README's numbers are those of the records."""
+"""The numbers in documents are those of the records."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from scanlm.errors import ScanLMError
 from scanlm.records import Run, export
-from scanlm.report import BEGIN, END, NOTHING, results_section, update_document
+from scanlm.report import (
+    BEGIN,
+    END,
+    NOTHING,
+    all_tables,
+    results_section,
+    update_documents,
+)
 
 ROOT = Path(__file__).parent.parent
+SUMMARIES: dict[str, dict[str, Any]] = {
+    "s5": {"parameters": 14_000_000, "steps": 700, "reach": {"float32": 180}},
+    "parity": {"agree": False},
+}
 
 
 def record(folder: Path, kind: str, loss: float) -> None:
@@ -36,44 +48,159 @@ def record(folder: Path, kind: str, loss: float) -> None:
     export(run.folder, folder / "data" / "results")
 
 
+def exported(folder: Path, run: Run, *metrics: tuple[str, float, dict[str, Any]]) -> None:
+    for name, value, axes in metrics:
+        run.log(name, value, **axes)
+    run.finish(SUMMARIES.get(run.info["experiment"], {}))
+    export(run.folder, folder / "data" / "results")
+
+
+def cells(text: str, place: int = -1) -> list[str]:
+    """Of one row of the last table."""
+    rows = [line for line in text.strip().splitlines() if line.startswith("|")]
+    return [cell.strip() for cell in rows[place].strip("|").split("|")]
+
+
+def section(folder: Path, title: str) -> str:
+    """One table of the document."""
+    return all_tables(folder / "data" / "results").split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def inference(folder: Path) -> None:
+    run = Run.create("inference", "base", {}, 42, root=folder / "runs")
+    metrics = [
+        (name, value, {"part": "positions", "model": model, "position": position})
+        for model, position, time, prompt, state in (
+            ("scanlm", 1000, 0.2, 0.01, 5e6),
+            ("scanlm", 40000, 0.25, 0.5, 6e6),
+            ("gpt2_graph", 1000, 0.5, 0.02, 4e7),
+            ("gpt2_graph", 40000, 1.5, 0.75, 4e9),
+            ("gpt2_tuned", 1000, 0.75, 0.02, 4e7),
+            ("gpt2_tuned", 40000, 1.25, 0.75, 4e9),
+        )
+        for name, value in (
+            ("ms_per_token", time),
+            ("prefill_seconds", prompt),
+            ("state_bytes", state),
+        )
+    ]
+    out = {"part": "positions", "model": "mamba2", "position": 40000}
+    first = {"part": "positions", "model": "mamba2", "position": 1000}
+    exported(folder, run, *metrics, ("ms_per_token", 2.0, first), ("out_of_memory", 1.0, out))
+
+
+def training_speed(folder: Path) -> None:
+    run = Run.create("training_speed", "scanlm_base_c64", {}, 0, root=folder / "runs")
+    metrics = []
+    for model, mode, speed in (
+        ("scanlm_base_c64", "blelloch", 1000.0),
+        ("gpt2_small", "default", 3000.0),
+        ("gpt2_small", "flash", 2000.0),
+    ):
+        axes = {"part": "step", "model": model, "mode": mode, "compiled": "yes"}
+        axes |= {"length": 512, "batch_size": 64, "dtype": "bfloat16"}
+        metrics += [("tokens_per_second", speed, axes), ("peak_memory_bytes", 2e9, axes)]
+        for peak, share in (("measured", 0.5), ("790 TFLOP/s", 0.4)):
+            metrics.append(("model_flops_utilisation", share, {**axes, "peak": peak}))
+    exported(folder, run, *metrics)
+
+
+def state_tracking(folder: Path, seed: int, right: float) -> None:
+    stages = [{"length": 16, "dropout": 0.1}]
+    run = Run.create("s5", "scan", {"stages": stages}, seed, root=folder / "runs")
+    axes = {"split": "test", "dtype": "float32"}
+    metrics = [("accuracy", right, {**axes, "length": n}) for n in (16, 180, 1024)]
+    exported(folder, run, *metrics)
+
+
 def test_tables_hold_what_the_records_say(tmp_path: Path) -> None:
-    assert results_section(tmp_path / "data" / "results") == NOTHING
+    assert NOTHING in all_tables(tmp_path / "data" / "results")
     record(tmp_path, "training", 2.0151)
     record(tmp_path, "evaluation", 2.5)
-    training, evaluation = results_section(tmp_path / "data" / "results", tmp_path).split(
-        "### Evaluations"
-    )
-    row = [cell.strip() for cell in training.strip().splitlines()[-1].split("|")]
-    assert row[1:9] == [
-        "scanlm_tiny", "16", "2.5 M", "`wikitext-2`", "600", "1.2 M", "2.015", "6.250",
+    training = section(tmp_path, "Training runs")
+    assert cells(training)[:9] == [
+        "scanlm_tiny", "16", "2.5 M", "`wikitext-2`", "600", "1.2 M", "3", "2.015", "6.250",
     ]  # fmt: skip
-    assert "(data/results/wikitext2/scanlm_tiny-s3-" in training
-    assert "seed 3" in training
+    assert "[record](wikitext2/scanlm_tiny-s3-" in training
+    evaluation = section(tmp_path, "Evaluations")
     assert "| sliding, stride 64, 128 tokens | 2.500 | 7.50 |" in evaluation
     assert "12,345" in evaluation
 
 
-def test_a_document_is_updated_between_its_markers(tmp_path: Path) -> None:
-    document = tmp_path / "README.md"
+def test_a_table_of_times_for_a_token(tmp_path: Path) -> None:
+    inference(tmp_path)
+    table = section(tmp_path, "Time for a token")
+    assert cells(table, 2)[:6] == ["base", "scanlm", "0.200 ms", "0.250 ms", "0.500 s", "6.0 MB"]
+    assert cells(table)[:6] == ["base", "mamba2", "2.000 ms", "", "", ""]
+
+
+def test_a_table_of_training_speed(tmp_path: Path) -> None:
+    training_speed(tmp_path)
+    assert cells(section(tmp_path, "Training speed"), 2)[:6] == [
+        "scanlm_base_c64", "blelloch, compiled, bfloat16", "64 x 512", "1,000", "50.0 %", "2.0 GB",
+    ]  # fmt: skip
+
+
+def test_a_table_of_state_tracking(tmp_path: Path) -> None:
+    state_tracking(tmp_path, 0, 0.99)
+    row = cells(section(tmp_path, "State tracking on S5"))
+    assert row[:2] == ["scan model", "0"]
+    assert row[3:8] == ["700", "16, dropout 0.1", "99.000 %", "99.000 %", "180"]
+
+
+def test_a_table_of_kernels_against_plain_torch(tmp_path: Path) -> None:
+    run = Run.create("parity", "linear_attention", {}, 0, root=tmp_path / "runs")
+    metrics = [
+        (f"{what}_relative_error", value, {"model": "gla", "dtype": "tf32", "implementation": who})
+        for what in ("logits", "streamed", "gradient")
+        for who, value in (("fused", 0.01), ("torch", 0.02))
+    ]
+    exported(tmp_path, run, *metrics)
+    row = cells(section(tmp_path, "Fused kernels against plain torch"))
+    assert row[:9] == ["gla", "tf32", *["0.0100", "0.0200"] * 3, "no"]
+
+
+def test_headlines_compare_with_the_best_gpt2_and_all_seeds(tmp_path: Path) -> None:
+    inference(tmp_path)
+    training_speed(tmp_path)
+    for seed, right in enumerate((0.5, 0.75, 1.0)):
+        state_tracking(tmp_path, seed, right)
+    text = results_section(tmp_path / "data" / "results", tmp_path)
+    rows = {cells(line)[0]: cells(line)[1:3] for line in text.splitlines()}
+    assert rows["a token at position 1,000"] == ["0.200 ms", "0.500 ms"]
+    assert rows["a token at position 40,000"] == ["0.250 ms", "1.250 ms"]
+    assert rows["reading a prompt of 40,000"] == ["0.500 s", "0.750 s"]
+    assert rows["training, 64 x 512 tokens a step"] == ["1,000 tokens/s", "3,000 tokens/s"]
+    assert rows["S5, trained to length 16: right at length 180, median (range)"] == [
+        "75.000 % (50.000 to 100.000, 3 seeds)",
+        "not yet recorded",
+    ]
+    assert "(data/results/inference/base-s42-" in text
+
+
+def test_documents_are_updated(tmp_path: Path) -> None:
+    document, results = tmp_path / "README.md", tmp_path / "data" / "results"
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    record(tmp_path, "training", 2.0)
-    assert update_document(document, tmp_path / "data" / "results")
+    training_speed(tmp_path)
+    assert update_documents(document, results) == [document, results / "README.md"]
     text = document.read_text()
-    assert text.startswith(f"before\n{BEGIN}\n### Training runs")
+    assert text.startswith(f"before\n{BEGIN}\n|")
     assert text.endswith(f"{END}\nafter\n")
     assert "old" not in text
-    assert not update_document(document, tmp_path / "data" / "results")
+    assert not update_documents(document, results)
 
 
 def test_a_document_without_markers_is_left_alone(tmp_path: Path) -> None:
     document = tmp_path / "README.md"
     document.write_text("text")
     with pytest.raises(ScanLMError, match=r"README\.md has no lines"):
-        update_document(document, tmp_path)
+        update_documents(document, tmp_path)
     assert document.read_text() == "text"
 
 
-def test_the_readme_is_up_to_date() -> None:
+def test_the_documents_are_up_to_date() -> None:
     text = (ROOT / "README.md").read_text()
-    section = text.partition(BEGIN)[2].partition(END)[0].strip()
-    assert section == results_section(ROOT / "data" / "results", ROOT)
+    written = text.partition(BEGIN)[2].partition(END)[0].strip()
+    assert written == results_section(ROOT / "data" / "results", ROOT)
+    tables = (ROOT / "data" / "results" / "README.md").read_text()
+    assert tables == all_tables(ROOT / "data" / "results")

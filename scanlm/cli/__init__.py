@@ -338,13 +338,13 @@ def report(
     ] = Path("README.md"),
     results: Annotated[Path, typer.Option(help="Exported records.")] = Path("data/results"),
 ) -> None:
-    """Make the README's tables from exported records.
+    """Make the README's headlines and the tables of data/results from exported records.
 
     \b
     Example:
       scanlm report
     """
-    from scanlm.report import update_document
+    from scanlm.report import update_documents
 
-    changed = update_document(document, results)
-    typer.echo(f"{document}: {'updated' if changed else 'up to date'}")
+    changed = update_documents(document, results)
+    typer.echo("\n".join(f"{path}: updated" for path in changed) or "up to date")

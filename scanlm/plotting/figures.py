@@ -171,10 +171,15 @@ def _comparison(draw: Callable[..., Figure]) -> Callable[[Records], Figure]:
 
 
 def _speed(draw: Callable[..., Figure]) -> Callable[[Records], Figure]:
-    """Of the last run that has what the figure needs."""
+    """Of the run with most measurements, the newest of equals, that has what the figure needs."""
 
     def make(records: Records) -> Figure:
-        runs = records.runs("training_speed").sort_values("started", ascending=False)
+        from scanlm.records import read_metrics
+
+        runs = records.runs("training_speed")
+        speeds = read_metrics(*runs["path"]).query("name == 'tokens_per_second'")
+        runs = runs.assign(size=runs["run_id"].map(speeds["run_id"].value_counts()))
+        runs = runs.sort_values(["size", "started"], ascending=False)
         for place in range(len(runs)):
             metrics, caption = records.metrics("training_speed", runs.iloc[place : place + 1])
             try:
@@ -262,16 +267,18 @@ def _inference(draw: Callable[..., Figure], size: str = "base") -> Callable[[Rec
     return make
 
 
-def _s5(draw: Callable[..., Figure], *roles: str) -> Callable[[Records], Figure]:
-    """A figure of the S5 runs of some roles, see ``state_records``; the lengths shaded are the
-    recipe's."""
+def _s5(
+    draw: Callable[..., Figure], *needed: str, beside: str | None = None
+) -> Callable[[Records], Figure]:
+    """A figure of the S5 runs of the roles that it needs, and of another role if there are any;
+    see ``state_records``. The lengths shaded are the recipe's."""
 
     def make(records: Records) -> Figure:
         runs = state_records.sort_runs(records.runs("s5"))
         recipe = runs[runs["role"] == "recipe"]
-        chosen = runs[runs["role"].isin(roles)]
-        if recipe.empty or not set(roles) <= set(chosen["role"]):
-            raise NoRecords(f"no runs of every role of {', '.join(roles)} in the records of s5")
+        chosen = runs[runs["role"].isin((*needed, beside))]
+        if recipe.empty or not set(needed) <= set(chosen["role"]):
+            raise NoRecords(f"no runs of every role of {', '.join(needed)} in the records of s5")
         metrics, caption = records.metrics("s5", chosen)
         metrics = metrics.assign(series=metrics["run_id"].map(chosen.set_index("run_id")["series"]))
         trained = recipe["parameters"].iloc[0]["stages"][-1]["length"]
@@ -330,9 +337,9 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "inference_borders": _inference(inference.borders),
     "inference_chunk_sizes": _inference(inference.chunk_sizes),
     "inference_throughput": _inference(inference.throughput),
-    "s5_error_by_length": _s5(_s5_error, "recipe", "baseline"),
-    "s5_reach": _s5(_s5_reach, "recipe", "baseline"),
-    "s5_positions": _s5(_s5_positions, "recipe", "baseline"),
+    "s5_error_by_length": _s5(_s5_error, "recipe", beside="baseline"),
+    "s5_reach": _s5(_s5_reach, "recipe", beside="baseline"),
+    "s5_positions": _s5(_s5_positions, "recipe", beside="baseline"),
     "s5_curriculum": _s5(_s5_curriculum, "recipe"),
     "s5_ablations": _s5(_s5_reach, "recipe", "ablation"),
     "circuit_depth": lambda _: state_tracking.circuit_depth(),

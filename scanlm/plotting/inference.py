@@ -196,6 +196,8 @@ def prefill(metrics: pd.DataFrame, source: str | None = None) -> Figure:
 def memory(metrics: pd.DataFrame, part: str = "positions", source: str | None = None) -> Figure:
     """Memory of the streaming state by position, on logarithmic axes."""
     rows = select(metrics, "state_bytes", part)
+    # the plain path drops T2's window at a chunk border, where these positions lie: no peak
+    rows = rows[~rows["model"].isin(("scanlm_plain", "scanlm_original"))]
     with style():
         figure = new_figure(9.6, 4.4)
         ax = figure.subplots()
@@ -248,6 +250,19 @@ def borders(metrics: pd.DataFrame, source: str | None = None) -> Figure:
         return figure
 
 
+def _by_chunk_size(metrics: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Rows of the part on chunk sizes, and that of the usual one, from the part on batches."""
+    rows = select(metrics, name, "chunks")
+    batches = metrics[
+        (metrics["part"] == "batches")
+        & (metrics["name"] == name)
+        & (metrics["model"] == "scanlm")
+        & metrics["batch_size"].isin(rows["batch_size"])
+        & ~metrics["chunk_size"].isin(rows["chunk_size"])
+    ]
+    return pd.concat([rows, batches]).sort_values("chunk_size")
+
+
 def chunk_sizes(metrics: pd.DataFrame, source: str | None = None) -> Figure:
     """Median and mean time a token, and memory, by chunk size."""
     with style():
@@ -258,9 +273,9 @@ def chunk_sizes(metrics: pd.DataFrame, source: str | None = None) -> Figure:
             ("ms_per_token", "median", colors[0]),
             ("ms_per_token_mean", "mean, borders included", colors[1]),
         ):
-            rows = select(metrics, name, "chunks").sort_values("chunk_size")
+            rows = _by_chunk_size(metrics, name)
             left.plot(rows["chunk_size"], rows["value"], "o-", ms=4, color=color, label=label)
-        rows = select(metrics, "state_bytes", "chunks").sort_values("chunk_size")
+        rows = _by_chunk_size(metrics, "state_bytes")
         right.plot(rows["chunk_size"], rows["value"], "o-", ms=4, color=T2_COLOR)
         left.set(ylabel="ms per token", title="Time by chunk size")
         left.set_ylim(bottom=0)

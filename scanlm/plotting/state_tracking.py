@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 SCAN = FAMILIES["scanlm"].color
 SHADE = "#F1E9DC"  # lengths that were trained on
+NARROWEST = 0.015  # share of the steps that a stage needs to have its length written above it
 # five items in a hand of cards, told apart without their colours by their letters
 ITEM_COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
 TITLES = {
@@ -246,7 +247,7 @@ def curriculum_curves(
     """Training loss and validation accuracy over the steps, with the stages' lengths.
 
     Args:
-        metrics: with ``series``; runs of one series that differ in the seed are thin lines.
+        metrics: with ``series``; of runs that differ in the seed the first is drawn strongly.
         references: draw what a model loses that knows only the products of the stage before
             (needs ``order``, the group's, in the frame).
         source: caption.
@@ -278,7 +279,7 @@ def curriculum_curves(
                         color=look.color,
                         ls=look.linestyle,
                         lw=1.3,
-                        alpha=0.9,
+                        alpha=0.9 if number == 0 else 0.3,
                         label=label if number == 0 else None,
                     )
         _stages(top, bottom, loss[loss["series"] == labels[0]], references)
@@ -302,16 +303,17 @@ def _stages(top: Axes, bottom: Axes, loss: pd.DataFrame, references: bool) -> No
         for ax in (top, bottom):
             if start:
                 ax.axvline(start, color=FAINT, lw=1, zorder=0)
-        top.annotate(
-            f"{length:g}",
-            ((start + end) / 2, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8.5,
-            color=MUTED,
-        )
+        if end - start > NARROWEST * ends.max():
+            top.annotate(
+                f"{length:g}",
+                ((start + end) / 2, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8.5,
+                color=MUTED,
+            )
         if references and "order" in run:
             unknown = (length - (before or 1)) / length  # type: ignore[operator]
             level = unknown * np.log(run["order"].iloc[0])

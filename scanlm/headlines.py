@@ -1,0 +1,97 @@
+"""The few numbers that the README begins its results with, the scan model beside GPT-2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from scanlm.records import read_metrics
+from scanlm.report_tables import Row, number
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LENGTHS = (180, 1024)  # of test words of S5
+STEP = {"part": "step", "batch_size": 64, "length": 512, "dtype": "bfloat16", "compiled": "yes"}
+
+
+def headlines(runs: pd.DataFrame) -> list[Row]:
+    """Rows of a table.
+
+    Args:
+        runs: of ``records.read_runs``, with the column ``source``.
+    """
+    return [*_inference(runs), *_training(runs), *_state_tracking(runs)]
+
+
+def _row(what: str, texts: list[str], source: str) -> Row:
+    scan, gpt2 = texts
+    return {"": what, "scan model": scan, "GPT-2": gpt2, "source": source}
+
+
+def _inference(runs: pd.DataFrame) -> Iterator[Row]:
+    for _, run in runs[(runs["experiment"] == "inference") & (runs["model"] == "base")].iterrows():
+        metrics = read_metrics(run["path"])
+        steady = metrics[metrics["part"] == "positions"]
+        # of several ways to run GPT-2 the fastest at each position
+        models = steady["model"].where(~steady["model"].str.startswith("gpt2"), "gpt2")
+        best = steady.assign(model=models).groupby(["model", "name", "position"])["value"].min()
+        positions = sorted(steady["position"].unique())
+        unit = {"ms_per_token": ("a token at position", 3, " ms", 1.0)}
+        unit |= {"prefill_seconds": ("reading a prompt of", 3, " s", 1.0)}
+        unit |= {"state_bytes": ("memory of the state at", 1, " MB", 1e-6)}
+        for name, (what, digits, text, factor) in unit.items():
+            for position in positions if name == "ms_per_token" else positions[-1:]:
+                values = [
+                    number(factor * best.get((model, name, position), float("nan")), digits, text)
+                    for model in ("scanlm", "gpt2")
+                ]
+                yield _row(f"{what} {position:,.0f}", values, run["source"])
+
+
+def _training(runs: pd.DataFrame) -> Iterator[Row]:
+    for _, run in (
+        runs[runs["experiment"] == "training_speed"]
+        .sort_values("started", ascending=False)
+        .iterrows()
+    ):
+        metrics = read_metrics(run["path"])
+        rows = metrics[metrics["name"] == "tokens_per_second"]
+        for name, value in STEP.items():
+            rows = rows[rows[name] == value]
+        best = rows.groupby("model")["value"].max()
+        scan = best.get("scanlm_base_c64")
+        gpt2 = best[best.index.str.startswith("gpt2")].max()
+        if scan is not None and gpt2 == gpt2:
+            values = [number(value, 0, " tokens/s") for value in (scan, gpt2)]
+            yield _row("training, 64 x 512 tokens a step", values, run["source"])
+            return
+
+
+def _state_tracking(runs: pd.DataFrame) -> Iterator[Row]:
+    from scanlm.plotting.state_records import sort_runs
+    from scanlm.plotting.state_tracking import evaluated
+
+    runs = runs[runs["experiment"] == "s5"]
+    if runs.empty:
+        return
+    runs = sort_runs(runs)
+    recipe = runs[runs["role"] == "recipe"]
+    gpt2 = runs[(runs["role"] == "baseline") & runs["model"].str.startswith("gpt2")]
+    if recipe.empty:
+        return
+    trained = recipe["parameters"].iloc[0]["stages"][-1]["length"]
+    for length in LENGTHS:
+        texts = []
+        for chosen in (recipe, gpt2):
+            if chosen.empty:
+                texts.append("not yet recorded")
+                continue
+            rows = evaluated(read_metrics(*chosen["path"]))
+            values = 100 * rows[rows["length"] == length]["value"]
+            texts.append(
+                f"{number(values.median(), 3, ' %')} ({number(values.min(), 3)} to "
+                f"{number(values.max(), 3)}, {len(values)} seeds)"
+            )
+        what = f"S5, trained to length {trained}: right at length {length:,}, median (range)"
+        yield _row(what, texts, recipe["source"].iloc[0])

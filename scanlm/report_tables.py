@@ -1,0 +1,243 @@
+"""What each table of the report shows of the exported records."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from scanlm.records import read_metrics
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Row = dict[str, str]
+LENGTHS = (180, 1024, 4096)  # of test words
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table.
+
+    Attributes:
+        title: above it.
+        explanation: what the numbers are and are not.
+        rows: makes its rows from all runs, as ``records.read_runs`` has them, with the column
+            ``source``: a link to the record, the machine and the commit.
+    """
+
+    title: str
+    explanation: str
+    rows: Callable[[pd.DataFrame], Iterable[Row]]
+
+
+def number(value: Any, digits: int = 2, unit: str = "") -> str:
+    """With commas and unit; empty if there is none."""
+    return "" if value is None or value != value else f"{value:,.{digits}f}{unit}"
+
+
+def source(run: pd.Series) -> str:
+    """Link, device, commit, and whether the run was stopped: the rest is in the record."""
+    device = run["device"] if isinstance(run["device"], Mapping) else {}
+    gpu = re.search(r"[A-Z]\d+00", str(device.get("name")))
+    parts = [gpu[0] if gpu else str(device.get("name", "")), str(run["git_commit"] or "")[:8]]
+    if run["git_dirty"]:
+        parts[-1] += " (modified)"
+    if run["status"] != "finished":
+        parts.append(str(run["status"]))
+    return f"[record]({run['link']}): " + ", ".join(part for part in parts if part)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _of(runs: pd.DataFrame, experiment: str) -> pd.DataFrame:
+    return runs[runs["experiment"] == experiment]
+
+
+def _of_kind(runs: pd.DataFrame, kind: str) -> pd.DataFrame:
+    return runs[runs["parameters"].map(lambda p: _mapping(p).get("kind") == kind)]
+
+
+def _training(runs: pd.DataFrame) -> Iterable[Row]:
+    for _, run in _of_kind(runs, "training").iterrows():
+        parameters, summary = run["parameters"], _mapping(run["summary"])
+        config = _mapping(parameters.get("config"))
+        is_scan = config.get("model_type") == "scanlm"
+        yield {
+            "model": str(run["model"]),
+            "chunk": str(config.get("chunk_size", "")) if is_scan else "",
+            "parameters": number(summary.get("num_parameters", 0) / 1e6, 1) + " M",
+            "corpus": f"`{parameters['corpus']}`",
+            "steps": f"{summary['steps']:,}",
+            "tokens": number(summary["tokens"] / 1e6, 1) + " M",
+            "seed": str(run["seed"]),
+            "loss": number(summary["loss"], 3),
+            "unigram": number(summary.get("unigram_entropy"), 3),
+            "perplexity": number(summary["perplexity"]),
+            "bits/byte": number(summary.get("bits_per_byte"), 3),
+            "tokens/s": number(summary.get("tokens_per_second"), 0),
+            "source": run["source"],
+        }
+
+
+def _evaluation(runs: pd.DataFrame) -> Iterable[Row]:
+    for _, run in _of_kind(runs, "evaluation").iterrows():
+        parameters, summary = run["parameters"], _mapping(run["summary"])
+        context = str(parameters["context"])
+        if context == "sliding":
+            context += f", stride {parameters['stride']}"
+        yield {
+            "model": str(run["model"]),
+            "step": f"{summary['step']:,}" if "step" in summary else "",
+            "corpus": f"`{parameters['corpus']}`",
+            "split": str(parameters["split"]),
+            "context": f"{context}, {parameters['seq_len']} tokens",
+            "loss": number(summary["loss"], 3),
+            "perplexity": number(summary["perplexity"]),
+            "per word": number(summary.get("word_perplexity")),
+            "bits/byte": number(summary.get("bits_per_byte"), 3),
+            "scored": f"{summary['num_tokens']:,}",
+            "source": run["source"],
+        }
+
+
+def _state_tracking(runs: pd.DataFrame) -> Iterable[Row]:
+    from scanlm.plotting.state_records import sort_runs
+    from scanlm.plotting.state_tracking import evaluated
+
+    runs = _of(runs, "s5")
+    if runs.empty:
+        return
+    runs = sort_runs(runs)
+    rows = evaluated(read_metrics(*runs["path"]))
+    accuracy = rows.pivot_table(index="run_id", columns="length", values="value")
+    for _, run in runs.sort_values(
+        ["role", "series", "seed"], ascending=[False, True, True]
+    ).iterrows():
+        last = run["parameters"]["stages"][-1]
+        found = accuracy.loc[run["run_id"]]
+        yield {
+            "model": str(run["series"]),
+            "seed": str(run["seed"]),
+            "parameters": number(_mapping(run["summary"]).get("parameters", 0) / 1e6, 1) + " M",
+            "steps": number(_mapping(run["summary"]).get("steps"), 0),
+            "trained to": f"{last['length']}, dropout {last['dropout']:g}",
+            **{f"right at {n:,}": number(100 * found[n], 3, " %") for n in LENGTHS if n in found},
+            "reach": f"{run['reach']:,}",
+            "source": run["source"],
+        }
+
+
+def _training_speed(runs: pd.DataFrame) -> Iterable[Row]:
+    keys = ["part", "model", "mode", "compiled", "length", "batch_size", "dtype"]
+    for _, run in _of(runs, "training_speed").sort_values("started").iterrows():
+        metrics = read_metrics(run["path"])
+        metrics = metrics[metrics["part"].isin(("step", "trainer"))]
+        if "peak" in metrics:  # utilisation is also told against a data sheet's peak
+            metrics = metrics[metrics["peak"].isna() | (metrics["peak"] == "measured")]
+        table = metrics.pivot_table(index=keys, columns="name", values="value", sort=False)
+        for _, row in table.reset_index().iterrows():
+            how = [row["mode"], "compiled" if row["compiled"] == "yes" else "eager", row["dtype"]]
+            if row["part"] == "trainer":
+                how.append("in the trainer")
+            if row["tokens_per_second"] > 0:
+                yield {
+                    "model": row["model"],
+                    "run as": ", ".join(map(str, how)),
+                    "batch": f"{row['batch_size']:,.0f} x {row['length']:,.0f}",
+                    "tokens/s": number(row["tokens_per_second"], 0),
+                    "utilisation": number(100 * row["model_flops_utilisation"], 1, " %"),
+                    "memory": number(row.get("peak_memory_bytes", math.nan) / 1e9, 1, " GB"),
+                    "source": run["source"],
+                }
+
+
+def _inference(runs: pd.DataFrame) -> Iterable[Row]:
+    for _, run in _of(runs, "inference").sort_values("model").iterrows():
+        metrics = read_metrics(run["path"])
+        steady = metrics[metrics["part"] == "positions"]
+        table = steady.pivot_table(
+            index="model", columns=["name", "position"], values="value", sort=False
+        )
+        positions = sorted(steady["position"].unique())
+        for model, row in table.iterrows():
+            last = {
+                name: row.get((name, positions[-1])) for name in ("prefill_seconds", "state_bytes")
+            }
+            yield {
+                "size": str(run["model"]),
+                "model": str(model),
+                **{
+                    f"at {p:,.0f}": number(row.get(("ms_per_token", p)), 3, " ms")
+                    for p in positions
+                },
+                "prompt": number(last["prefill_seconds"], 3, " s"),
+                "state": number((last["state_bytes"] or math.nan) / 1e6, 1, " MB"),
+                "source": run["source"],
+            }
+
+
+def _parity(runs: pd.DataFrame) -> Iterable[Row]:
+    for _, run in _of(runs, "parity").iterrows():
+        errors = read_metrics(run["path"])
+        for (model, dtype), rows in errors.groupby(["model", "dtype"], sort=False):
+            values = rows.set_index(["name", "implementation"])["value"]
+            yield {
+                "model": str(model),
+                "precision": str(dtype),
+                **{
+                    f"{what}, {who}": number(values[f"{what}_relative_error", which], 4)
+                    for what in ("logits", "streamed", "gradient")
+                    for who, which in (("fused", "fused"), ("plain", "torch"))
+                },
+                "agree": "yes" if run["summary"]["agree"] else "no",
+                "source": run["source"],
+            }
+
+
+TABLES = (
+    Table(
+        "Training runs",
+        "Loss in nats per token on the validation split, every token scored; beside it the entropy "
+        "of a unigram model of the same text. Steps and tokens say how far a run went: none of "
+        "these is the paper's training unless it has the paper's steps and corpus.",
+        _training,
+    ),
+    Table(
+        "Evaluations",
+        "Perplexity per token depends on the tokenizer; per word and bits per byte do not. What a "
+        "model was trained on is in the table above, under its run.",
+        _evaluation,
+    ),
+    Table(
+        "State tracking on S5",
+        "Share of all positions answered right in new words of three lengths, in float32; the "
+        "reach is the greatest length tested at which 99 % are. 10,000 words of each length up to "
+        "1,024, and 500 longer ones.",
+        _state_tracking,
+    ),
+    Table(
+        "Time for a token",
+        "Batch 1, bfloat16 where the model's name does not say otherwise: median time of one "
+        "generated token after prompts of four lengths; then the time to read the longest of these "
+        "prompts, and the memory of the state behind it. `scanlm.benchmarks.subjects` says what "
+        "each model is.",
+        _inference,
+    ),
+    Table(
+        "Training speed",
+        "Median step: forward, backward and AdamW. Utilisation is against the speed of a large "
+        "product on the same machine.",
+        _training_speed,
+    ),
+    Table(
+        "Fused kernels against plain torch",
+        "Relative errors against plain torch in float64 of the fused kernels and, to compare, of "
+        "plain torch in the same precision.",
+        _parity,
+    ),
+)

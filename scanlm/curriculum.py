@@ -42,6 +42,7 @@ from scanlm.length_evaluation import (
     reach,
 )
 from scanlm.records import Run, run_id
+from scanlm.state_probe import probe_metrics
 
 __all__ = [
     "PRESETS",
@@ -231,6 +232,8 @@ class _Trainee:
             for name, value, axes in result.metrics():
                 self.record.log(name, value, step=self.learner.step, tokens=self.tokens, **axes)
             reaches[PRECISIONS[precision]] = result.reach()
+        for name, value, axes in self._probe(limit):
+            self.record.log(name, value, step=self.learner.step, tokens=self.tokens, **axes)
         if save_weights != "none":
             self._save_weights(save_weights)
         summary = {
@@ -246,6 +249,19 @@ class _Trainee:
         }
         self.record.finish(summary)
         (self.record.folder / CHECKPOINT).unlink(missing_ok=True)
+
+    def _probe(self, limit: int | None) -> list[tuple[str, float, dict[str, float]]]:
+        settings = self.settings
+        length = min(settings.eval_probe_length, limit or settings.eval_probe_length)
+        trained = settings.stages[-1].length
+        if settings.model != "scan":
+            return []
+        chunk_size: Any = self.learner.model.config.chunk_size  # type: ignore[union-attr]
+        if not length or min(length, trained) <= chunk_size:  # words without a prefix
+            return []
+        return probe_metrics(
+            self.learner.model, settings.group, length, trained, settings.eval_probe_words
+        )
 
     def _save_weights(self, precision: str) -> None:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32

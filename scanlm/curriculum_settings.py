@@ -82,6 +82,9 @@ class StateTrackingSettings(BaseModel):
     eval_long_sequences: int = Field(default=500, ge=1)
     eval_precisions: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
     eval_batch_tokens: int = Field(default=2**17, ge=1)
+    # length and number of the words whose prefix states are probed (scan model; 0: not)
+    eval_probe_length: int = Field(default=512, ge=0)
+    eval_probe_words: int = Field(default=128, ge=1)
 
     @property
     def experiment(self) -> str:
@@ -181,6 +184,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_sequences": 1000,
         "eval_precisions": ["fp32"],
         "eval_batch_tokens": 2**14,
+        "eval_probe_length": 256,
         "stages": [
             *_grow((2, 3, 4, 6), 6_000, lr=5e-4),
             *_grow((8,), 2_000, lr=5e-4, dropout=0.1, schedule="linear", threshold=None),
@@ -196,6 +200,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_sequences": 200,
         "eval_precisions": ["fp32"],
         "eval_batch_tokens": 2**13,
+        "eval_probe_length": 0,
         "stages": [
             *_grow((2, 3), 1500, lr=1e-3, warmup=50, batch_size=256),
             *_grow(

@@ -10,6 +10,8 @@ often. Three measurements follow a state into such depths:
 - the *gain* of T1: how much of a small error in its left operand is left in its result. Above 1
   errors grow from node to node (drift), below 1 they are repaired.
 
+``probe_metrics`` is what a run's record keeps of all three.
+
 Shapes: ``b`` words, ``t`` tokens, ``m`` chunks that have a prefix, ``c`` = chunk_size, ``d`` =
 n_embd, ``g`` = order of the group.
 """
@@ -292,3 +294,29 @@ def repair_gain(
         ]
     model.train(was_training)
     return pd.DataFrame(rows)
+
+
+def probe_metrics(
+    model: nn.Module, group: Group | str, length: int, trained_length: int, words: int
+) -> list[tuple[str, float, dict[str, float]]]:
+    """The measurements as metrics of a record: name, value, axes.
+
+    Args:
+        model: a ``ScanLMForCausalLM``.
+        group, length, trained_length, words: as of ``by_depth``.
+
+    Returns:
+        ``state_<column>`` by ``depth`` for the columns of ``by_depth``, means over the prefixes of
+        that depth; ``state_gain`` by ``size`` of the noise, the mean over all prefixes.
+    """
+    states = by_depth(model, group, length, trained_length, words)
+    means = states.drop(columns=["position", "chunks"]).groupby("depth").mean()
+    found = [
+        (f"state_{name}", value, {"depth": float(depth)})
+        for name in means
+        for depth, value in zip(means.index, means[name].tolist(), strict=True)
+    ]
+    gains = repair_gain(model, group, length, words=words).groupby("size")["gain"].mean()
+    for size, value in zip(gains.index, gains.tolist(), strict=True):
+        found.append(("state_gain", value, {"size": float(size)}))
+    return found

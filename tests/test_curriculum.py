@@ -19,6 +19,7 @@ from scanlm.curriculum_step import Learner, folded_logits, learning_rate, set_dr
 from scanlm.errors import ScanLMError
 from scanlm.groups import get_group, running_products, word_batch
 from scanlm.length_evaluation import bin_edges, evaluate_lengths, reach, wilson, word_logits
+from scanlm.records import read_metrics
 
 TINY = (
     "config.n_embd=16",
@@ -388,3 +389,28 @@ def test_beyond_the_positions_is_refused_and_recorded(tmp_path: Path) -> None:
     record = train(preset_settings("smoke", changes), root=tmp_path, device="cpu")
     summary = json.loads((record.folder / "summary.json").read_text())
     assert summary["not_possible"] == {"8": "beyond the 6 positions of the model"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "deepest"),
+    [
+        (["eval_probe_length=20"], 6),
+        (["eval_probe_length=20", "config.chunk_size=2"], 4),
+        (["eval_probe_length=0"], None),
+        (["eval_probe_length=20", "config.chunk_size=4"], None),  # trained on single chunks
+    ],
+    ids=str,
+)
+def test_the_states_of_a_scan_model_are_probed(
+    tmp_path: Path, changes: list[str], deepest: int | None
+) -> None:
+    settings = preset_settings("smoke", [*TINY, "eval_probe_words=5", *changes])
+    record = train(settings, root=tmp_path, device="cpu")
+    metrics = read_metrics(record.folder)
+    states = metrics[metrics["name"] == "state_probe_error"]
+    if deepest is None:
+        assert states.empty
+        return
+    # of up to 19 chunks those of 15 and of 19 are deepest; of up to 9, those of 7
+    assert states["depth"].max() == deepest
+    assert (metrics["name"] == "state_gain").sum() == 5

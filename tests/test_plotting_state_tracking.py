@@ -269,3 +269,23 @@ def test_records_are_told_apart_as_recipe_baselines_and_ablations() -> None:
         ("ablation", "t1_causal", 7),
         ("baseline", "GPT-2", 8),  # of the search, the better one
     }
+
+
+def test_what_was_probed_is_read_back_from_records() -> None:
+    rows = [
+        {"run_id": run, "name": f"state_{name}", "value": value, "depth": depth}
+        for run in ("a", "b")
+        for depth in (0, 1)
+        for name, value in (("error", 0.1 * depth), ("distance", 0.5))
+    ]
+    rows += [{"run_id": "a", "name": "state_gain", "value": 0.25, "size": 0.1}]
+    rows += [{"run_id": "a", "name": "loss", "value": 1.0}]
+    metrics = pd.DataFrame(rows)
+    states = state_records.recorded_states(metrics)
+    assert list(states["depth"]) == [0, 1, 0, 1]
+    assert list(states["error"]) == [0.0, 0.1, 0.0, 0.1]
+    assert set(states["distance"]) == {0.5}
+    gains = state_records.recorded_gains(metrics)
+    assert gains.to_dict("records") == [{"run_id": "a", "size": 0.1, "gain": 0.25}]
+    with pytest.raises(ScanLMError, match="not probed"):
+        state_records.recorded_states(metrics[["run_id", "name", "value"]])

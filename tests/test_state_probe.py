@@ -18,6 +18,7 @@ from scanlm.state_probe import (
     leaf_codes,
     prefix_depth,
     prefix_states,
+    probe_metrics,
     repair_gain,
 )
 
@@ -163,6 +164,21 @@ def test_gain_of_a_known_operator(chunk_size: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(model, "aggregate", lambda left, right: right)
     gone = repair_gain(model, "S3", 10, words=5)
     assert (gone["gain"] == 0).all()
+
+
+def test_a_record_keeps_the_means_of_a_depth_and_of_a_size() -> None:
+    model = Exact("S3", drift=0.01)
+    found = probe_metrics(model, "S3", length=33, trained_length=8, words=10)
+    table = by_depth(model, "S3", length=33, trained_length=8, words=10)
+    kept = {(name, axes.get("depth")): value for name, value, axes in found}
+    columns = [name for name in table if name not in ("position", "chunks", "depth")]
+    assert len(kept) == len(columns) * table["depth"].nunique() + 1
+    for name in columns:
+        at = table[table["depth"] == 3][name].mean()
+        assert kept[f"state_{name}", 3] == pytest.approx(at), name
+    gains = {axes["size"]: value for name, value, axes in found if name == "state_gain"}
+    rows = repair_gain(model, "S3", 33, words=10)
+    assert gains == pytest.approx(rows.groupby("size")["gain"].mean().to_dict())
 
 
 def test_what_cannot_be_probed_is_refused() -> None:

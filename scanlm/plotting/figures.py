@@ -282,7 +282,10 @@ def _s5(
         metrics, caption = records.metrics("s5", chosen)
         metrics = metrics.assign(series=metrics["run_id"].map(chosen.set_index("run_id")["series"]))
         trained = recipe["parameters"].iloc[0]["stages"][-1]["length"]
-        return draw(metrics, trained, chosen, caption)
+        try:
+            return draw(metrics, trained, chosen, caption)
+        except ScanLMError as reason:  # of runs recorded without what the figure shows
+            raise NoRecords(str(reason)) from reason
 
     return make
 
@@ -302,6 +305,27 @@ def _s5_positions(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -
 
 def _s5_curriculum(metrics: pd.DataFrame, _trained: float, _: Any, caption: str) -> Figure:
     return state_tracking.curriculum_curves(metrics.assign(order=120), source=caption)
+
+
+def _s5_depth(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
+    tables = {"scan model": state_records.recorded_states(metrics)}
+    return state_tracking.error_by_depth(tables, _deepest(trained), source=caption)
+
+
+def _s5_distance(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
+    states = state_records.recorded_states(metrics)
+    return state_tracking.state_distance(states, _deepest(trained), source=caption)
+
+
+def _s5_gain(metrics: pd.DataFrame, _trained: float, _: Any, caption: str) -> Figure:
+    return state_tracking.gain(state_records.recorded_gains(metrics), source=caption)
+
+
+def _deepest(length: float) -> int:
+    """The deepest tree behind any position of a word, at one token a chunk."""
+    from scanlm.state_probe import depth_at
+
+    return max(depth_at(i) for i in range(1, int(length) + 1))
 
 
 FIGURES: dict[str, Callable[[Records], Figure]] = {
@@ -341,6 +365,9 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "s5_reach": _s5(_s5_reach, "recipe", beside="baseline"),
     "s5_positions": _s5(_s5_positions, "recipe", beside="baseline"),
     "s5_curriculum": _s5(_s5_curriculum, "recipe"),
+    "s5_depth": _s5(_s5_depth, "recipe"),
+    "s5_distance": _s5(_s5_distance, "recipe"),
+    "s5_gain": _s5(_s5_gain, "recipe"),
     "s5_ablations": _s5(_s5_reach, "recipe", "ablation"),
     "circuit_depth": lambda _: state_tracking.circuit_depth(),
 }

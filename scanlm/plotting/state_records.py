@@ -1,8 +1,9 @@
-"""Which recorded state-tracking runs belong together: the recipe, its baselines, its ablations.
+"""Which recorded state-tracking runs belong together, and what was probed in them.
 
-Runs that differ in the seed only are a *set*. The recipe is the scan model's set with most seeds;
-a baseline is, of each model and configuration, the set with most seeds and then the least error;
-every other set of the scan model is an ablation, named by what differs from the recipe.
+Runs that differ in the seed only are a *set*. The recipe is the scan model's set with most seeds
+and then the greatest reach; a baseline is, of each model and configuration, the set with most seeds
+and then the greatest reach; every other set of the scan model is an ablation, named by what differs
+from the recipe.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from scanlm.errors import ScanLMError
 from scanlm.plotting.state_tracking import run_label
 
 if TYPE_CHECKING:
@@ -93,3 +95,32 @@ def sort_runs(runs: pd.DataFrame) -> pd.DataFrame:
         named = [difference(base, p) for p in runs.loc[other, "parameters"]]
         runs.loc[other, "series"] = named
     return runs[runs["role"].notna()]
+
+
+def recorded_states(metrics: pd.DataFrame) -> pd.DataFrame:
+    """What ``state_probe.probe_metrics`` recorded by depth, as ``state_probe.by_depth`` has it.
+
+    Returns:
+        A row a run and depth: ``run_id``, ``depth`` and the columns of ``by_depth``.
+
+    Raises:
+        ScanLMError: runs that were not probed.
+    """
+    rows = _probed(metrics, "depth")
+    table = rows.pivot_table(index=["run_id", "depth"], columns="name", values="value")
+    return table.rename(columns=lambda name: name.removeprefix("state_")).reset_index()
+
+
+def recorded_gains(metrics: pd.DataFrame) -> pd.DataFrame:
+    """What it recorded by size of the noise: a row a run and size, ``size`` and ``gain``.
+
+    Raises:
+        ScanLMError: runs that were not probed.
+    """
+    return _probed(metrics, "size").rename(columns={"value": "gain"})[["run_id", "size", "gain"]]
+
+
+def _probed(metrics: pd.DataFrame, axis: str) -> pd.DataFrame:
+    if axis not in metrics:
+        raise ScanLMError("the prefix states of these runs were not probed: eval_probe_length")
+    return metrics[metrics["name"].str.startswith("state_") & metrics[axis].notna()]

@@ -109,10 +109,18 @@ def folded_logits(model: Any, x: Tensor, rows: int) -> Tensor:
 
 
 class Learner:
-    """A model in training: parameters, optimiser and counters, all on one device."""
+    """A model in training: parameters, optimiser and counters, all on one device.
 
-    def __init__(self, settings: StateTrackingSettings, device: torch.device) -> None:
-        self.settings, self.device = settings, device
+    Args:
+        settings: of the run.
+        device: where everything is.
+        capture: on a GPU, replay a step as one CUDA graph.
+    """
+
+    def __init__(
+        self, settings: StateTrackingSettings, device: torch.device, capture: bool = True
+    ) -> None:
+        self.settings, self.device, self.capture = settings, device, capture
         self.group = get_group(settings.group)
         self.model = build_model(settings, device)
         # what computes, and what is optimised: float32, and the same tensors unless pure_bf16
@@ -257,8 +265,8 @@ class Learner:
             return
         with torch.cuda.stream(self.stream):
             for _ in range(steps):
-                if self._eager_left:
-                    self._eager_left -= 1
+                if self._eager_left or not self.capture:
+                    self._eager_left = max(self._eager_left - 1, 0)
                     self._eager(self.train_step)
                 else:
                     if self._step_graph is None:

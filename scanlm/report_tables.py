@@ -181,6 +181,23 @@ def _inference(runs: pd.DataFrame) -> Iterable[Row]:
             }
 
 
+def _state_tracking_speed(runs: pd.DataFrame) -> Iterable[Row]:
+    for _, run in _of(runs, "state_tracking_speed").iterrows():
+        rates = read_metrics(run["path"])
+        rates = rates[rates["name"] == "steps_per_second"]
+        table = rates.pivot_table(
+            index=["precision", "length", "way"], columns="runs", values="value", sort=False
+        )
+        for _, row in table.reset_index().iterrows():
+            yield {
+                "length": f"{row['length']:,.0f}",
+                "way": str(row["way"]),
+                "precision": str(row["precision"]),
+                **{f"{n:.0f} side by side": number(row[n], 0) for n in sorted(table.columns)},
+                "source": run["source"],
+            }
+
+
 def _parity(runs: pd.DataFrame) -> Iterable[Row]:
     for _, run in _of(runs, "parity").iterrows():
         errors = read_metrics(run["path"])
@@ -233,6 +250,13 @@ TABLES = (
         "Median step: forward, backward and AdamW. Utilisation is against the speed of a large "
         "product on the same machine.",
         _training_speed,
+    ),
+    Table(
+        "Training speed of state tracking",
+        "Optimiser steps a second, summed up over runs side by side on one GPU, of the scan model "
+        "of the S5 runs. Eager: every kernel started from the host; captured: a step is one CUDA "
+        "graph; compiled: and its parts are fused.",
+        _state_tracking_speed,
     ),
     Table(
         "Fused kernels against plain torch",

@@ -335,6 +335,11 @@ def test_the_table_compares_with_the_floor_and_with_gpt2(metrics: pd.DataFrame) 
     assert table.loc[("scanlm", 100), "floor_ms"] == pytest.approx(1.0)
     assert table.loc[("scanlm", 100), "times_floor"] == pytest.approx(2.0)
     assert table.loc[("scanlm", 10_000), "to_best_gpt2"] == pytest.approx(0.5)
+    rows = metrics[metrics["part"] == "positions"]
+    batches = rows.assign(part="batches", batch_size=rows["position"] / 100)
+    by_batch = draw.floor_table(pd.concat([metrics, batches]), by="batch_size")
+    assert by_batch.index.names == ["model", "batch_size"]
+    assert by_batch["times_floor"].tolist() == table["times_floor"].tolist()
 
 
 def test_figures_hold_the_measurements(tmp_path: Path) -> None:
@@ -351,6 +356,6 @@ def test_figures_hold_the_measurements(tmp_path: Path) -> None:
     assert [len(line.get_xdata()) for line in lines] == [2, 2]
     assert len(draw.borders(metrics).axes[0].patches) == 8
     assert len(draw.throughput(metrics).axes[0].lines) == 2
-    assert list(draw.chunk_sizes(metrics).axes[0].lines[0].get_xdata()) == [4]
+    assert list(draw.chunk_sizes(metrics).axes[0].lines[0].get_xdata()) == [4, 8]
     with pytest.raises(ScanLMError, match=r"no 'ms_per_tokn'.* Did you mean 'ms_per_token'"):
         draw.select(metrics, "ms_per_tokn", "positions")

@@ -148,6 +148,18 @@ def test_a_table_of_state_tracking(tmp_path: Path) -> None:
     assert row[3:8] == ["700", "16, dropout 0.1", "99.000 %", "99.000 %", "180"]
 
 
+def test_a_table_of_steps_a_second(tmp_path: Path) -> None:
+    run = Run.create("state_tracking_speed", "scan", {}, 0, root=tmp_path / "runs")
+    axes = {"way": "captured", "length": 3, "precision": "bf16"}
+    metrics = [("steps_per_second", 100.0 * n, {**axes, "runs": n}) for n in (1, 5)]
+    exported(tmp_path, run, *metrics, ("setup_seconds", 9.0, {**axes, "runs": 1}))
+    table = section(tmp_path, "Training speed of state tracking")
+    assert cells(table, 0)[:5] == [
+        "length", "way", "precision", "1 side by side", "5 side by side",
+    ]  # fmt: skip
+    assert cells(table)[:5] == ["3", "captured", "bf16", "100", "500"]
+
+
 def test_a_table_of_kernels_against_plain_torch(tmp_path: Path) -> None:
     run = Run.create("parity", "linear_attention", {}, 0, root=tmp_path / "runs")
     metrics = [

@@ -148,6 +148,41 @@ def inference(
     typer.echo(f"run: {run.folder}")
 
 
+@app.command("state-tracking")
+def state_tracking(
+    preset: Annotated[str, typer.Option(help="paper, original, laptop or smoke.")] = "paper",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, as of scanlm curriculum.")
+    ] = None,
+    lengths: Annotated[str | None, typer.Option(help="Of the words: 3,16.")] = None,
+    ways: Annotated[str | None, typer.Option(help="Some of eager, captured, compiled.")] = None,
+    runs: Annotated[str | None, typer.Option(help="Runs side by side: 1,2,5.")] = None,
+    steps: Annotated[int, typer.Option(help="Timed at most, of each run.")] = 400,
+    seconds: Annotated[float, typer.Option(help="Time for them, about.")] = 3.0,
+    device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
+    root: Annotated[Path, typer.Option(help="Where the record is written.")] = Path("data/runs"),
+) -> None:
+    """Time optimiser steps of state tracking, of one run and of several side by side.
+
+    \b
+    Example:
+      scanlm benchmark state-tracking
+      scanlm benchmark state-tracking --preset smoke --lengths 2,4 --runs 1 --device cpu
+    """
+    from scanlm.benchmarks.state_tracking import StateSpeedSettings, benchmark_state_tracking
+
+    given: dict[str, Any] = {"preset": preset, "changes": tuple(set_ or ()), "root": str(root)}
+    given |= {"steps": steps, "seconds": seconds, "device": device}
+    given["ways"] = None if ways is None else tuple(filter(None, ways.split(",")))
+    numbers = {"lengths": _numbers("--lengths", lengths), "runs": _numbers("--runs", runs)}
+    given |= {name: values for name, values in numbers.items() if values is not None}
+    try:
+        run = benchmark_state_tracking(StateSpeedSettings(**given), typer.echo)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("what was measured is kept; the same command goes on") from None
+    typer.echo(f"run: {run.folder}")
+
+
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     """``64,32`` as numbers."""
     if text is None:

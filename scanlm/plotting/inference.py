@@ -310,17 +310,23 @@ def throughput(metrics: pd.DataFrame, source: str | None = None) -> Figure:
         return _end(figure, source)
 
 
-def floor_table(metrics: pd.DataFrame) -> pd.DataFrame:
+def floor_table(metrics: pd.DataFrame, by: str = "position") -> pd.DataFrame:
     """Each model and position against the time of reading weights and state once.
 
+    Args:
+        metrics: of one record.
+        by: "position", or "batch_size" for the part on throughput.
+
     Returns:
-        Index ``model, position``; columns ``ms_per_token``, ``mean``, ``read_MB``, ``floor_ms``,
-        ``times_floor`` and ``to_best_gpt2`` (the median over that of the best GPT-2 there).
+        Index ``model, <by>``; columns ``ms_per_token`` (of a step, all rows together), ``mean``,
+        ``read_MB``, ``floor_ms``, ``times_floor`` and ``to_best_gpt2`` (the median over that of the
+        best GPT-2 there).
     """
+    part = {"position": "positions", "batch_size": "batches"}[by]
     bandwidth = float(select(metrics, "bandwidth")["value"].iloc[0])
-    medians = select(metrics, "ms_per_token", "positions")
-    steady = metrics[metrics["part"] == "positions"]
-    table = steady.pivot_table(index=["model", "position"], columns="name", values="value")
+    medians = select(metrics, "ms_per_token", part)
+    steady = metrics[metrics["part"] == part]
+    table = steady.pivot_table(index=["model", by], columns="name", values="value")
     floor = 1e3 * table["read_bytes"] / bandwidth
     result = pd.DataFrame(
         {
@@ -331,6 +337,6 @@ def floor_table(metrics: pd.DataFrame) -> pd.DataFrame:
             "times_floor": table["ms_per_token"] / floor,
         }
     )
-    best = best_gpt2(medians).reindex(result.index.get_level_values("position"))
+    best = best_gpt2(medians, by).reindex(result.index.get_level_values(by))
     result["to_best_gpt2"] = result["ms_per_token"].to_numpy() / best.to_numpy()
     return result

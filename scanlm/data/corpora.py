@@ -49,6 +49,10 @@ class Corpus(ABC):
     def fingerprint(self, split: str, cache_dir: str | Path | None = None) -> str:
         """A hash of the split's content; with a cache folder, unchanged files are not reread."""
 
+    def counts(self, split: str) -> dict[str, int]:
+        """``num_words`` and ``num_lines`` that losses are divided by, unless the text's own."""
+        return {}
+
     def texts(self, split: str) -> Iterator[str]:
         """Pieces whose concatenation is the split's text, or its documents.
 
@@ -206,19 +210,26 @@ def load_corpus(name_or_path: str | Path, text_column: str = "text") -> Corpus:
             - a folder with ``<split>.parquet``/``<split>-*.parquet`` or .jsonl (also compressed);
             - a single file of these kinds: its split is the one its name starts with, else train.
 
-            ``#`` adds a rule that builds splits out of slices of others, for example
+            ``#`` adds rules, separated by commas: ``#detokenized`` undoes WikiText's tokenisation
+            (see `detokenize`); others build splits out of slices of others, for example
             ``folder#train=validation[:90%],validation=validation[90%:]`` (see `slices`).
         text_column: the column of a table that holds the text, one document a row.
 
     Raises:
         ScanLMError: unknown name, no usable file, two files for one shard, a bad slice.
     """
+    from scanlm.data.detokenize import RULE, DetokenizedCorpus
     from scanlm.data.slices import resplit
 
     spec = str(name_or_path)
     if "#" in spec and not Path(spec).exists():
-        base, _, rules = spec.partition("#")
-        return resplit(load_corpus(base, text_column), rules)
+        base, _, text = spec.partition("#")
+        corpus = load_corpus(base, text_column)
+        rules = [rule.strip() for rule in re.split("[,&]", text)]
+        if RULE in rules:
+            corpus = DetokenizedCorpus(corpus)
+            rules.remove(RULE)
+        return resplit(corpus, ",".join(rules)) if rules else corpus
     aliases = {config: name for name, config in HUB_CONFIGS.items()}
     if spec in HUB_CONFIGS or spec in aliases:
         return HubCorpus(aliases.get(spec, spec))

@@ -30,7 +30,7 @@ class SlicedCorpus(Corpus):
         self.splits = tuple(split for split in SPLITS if split in self.slices)
         self.documents = base.documents
         rules = (f"{split}={_spell(*slices[split])}" for split in SPLITS if split in slices)
-        suffix = "#" + ",".join(rules)
+        suffix = ("," if "#" in base.name else "#") + ",".join(rules)
         self.name = base.name + suffix
         self.offline_key = base.offline_key and base.offline_key + suffix
         self._length: dict[str, int] = {}

@@ -78,6 +78,7 @@ def write_tokens(
             raise ScanLMError(
                 f"split {split!r} of corpus {corpus.name!r} is empty or blank; expected text"
             )
+        counts |= corpus.counts(split)
         os.replace(temporary, path)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

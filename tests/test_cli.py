@@ -350,6 +350,18 @@ def test_evaluate_takes_several_steps(trained: dict[str, Any], tmp_path: Path) -
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
+def test_evaluate_takes_several_corpora_and_splits(trained: dict[str, Any]) -> None:
+    arguments = evaluate_arguments(trained, trained["runs"]["scanlm_tiny"])
+    arguments += ["--corpus", f"{trained['corpus']}#detokenized", "--split", "validation,test"]
+    rows = json.loads(fine(*arguments, "--json"))
+    name = trained["corpus"].name
+    assert [(row["corpus"], row["split"]) for row in rows] == [
+        (corpus, split) for corpus in (name, f"{name}#detokenized")
+        for split in ("validation", "test")
+    ]  # fmt: skip
+    assert "of one split of one corpus: give one" in refused(*arguments, "--compare")
+
+
 def test_compare_sorts_and_draws(trained: dict[str, Any]) -> None:
     runs = trained["runs"].values()
     printed = fine(*evaluate_arguments(trained, "--compare", *runs))

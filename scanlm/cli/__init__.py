@@ -169,9 +169,12 @@ def evaluate(
         typer.Argument(metavar="TARGET", help="Runs, checkpoints, folders or names on the hub."),
     ],
     corpus: Annotated[
-        str | None, typer.Option(help=f"{CORPUS}. Default: what the first target's run names.")
+        list[str] | None,
+        typer.Option(help=f"{CORPUS}. Default: what the first target's run names. Repeatable."),
     ] = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    split: Annotated[
+        str, typer.Option(help="train, validation or test; several with commas between.")
+    ] = "test",
     context: Annotated[
         str, typer.Option(help="blocks, sliding or streaming (with carried state).")
     ] = "blocks",
@@ -223,17 +226,21 @@ def evaluate(
     Example:
       scanlm evaluate data/runs/embedded/scanlm_tiny-s0-1a2b3c4d --context sliding
       scanlm evaluate RUN --steps 5000 10000 --corpus wikitext-103
+      scanlm evaluate RUN --corpus 'wikitext-103#detokenized' --split validation,test
       scanlm evaluate --compare RUN_A RUN_B gpt2 --corpus wikitext-2 --figure curves.png
     """
     from scanlm.cli import comparison, tables
 
+    splits = [name.strip() for name in split.split(",")]
     if figure is not None:
         comparison.check_figure(figure)
+    if (compare or figure is not None) and max(len(splits), len(corpus or ())) > 1:
+        raise ScanLMError("a comparison and a figure are of one split of one corpus: give one")
     rows = comparison.evaluate_all(
         targets,
-        corpus,
+        corpus or None,
+        splits,
         compare,
-        split=split,
         context=context,
         seq_len=seq_len,
         stride=stride,

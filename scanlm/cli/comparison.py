@@ -19,13 +19,18 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def evaluate_all(
-    targets: Sequence[str], corpus: str | None, best_first: bool, **options: Any
+    targets: Sequence[str],
+    corpora: Sequence[str] | None,
+    splits: Sequence[str],
+    best_first: bool,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """Rows of ``evaluation.evaluate`` for several targets, read alike.
 
     Args:
         targets: as for ``evaluate``.
-        corpus: ``None``: the one that the first target's run was trained on.
+        corpora: ``None``: the one that the first target's run was trained on.
+        splits: of each corpus.
         best_first: in the order of their losses, else of the targets.
         options: of ``evaluate``.
 
@@ -35,8 +40,13 @@ def evaluate_all(
     from scanlm.evaluation import evaluate
 
     options["progress"] = sys.stderr.isatty()
-    chosen = corpus if corpus is not None else trained_on(targets[0])
-    rows = [row for target in targets for row in evaluate(target, chosen, **options)]
+    rows = [
+        row
+        for corpus in corpora or [trained_on(targets[0])]
+        for split in splits
+        for target in targets
+        for row in evaluate(target, corpus, split, **options)
+    ]
     return sorted(rows, key=lambda row: row["loss"]) if best_first else rows
 
 

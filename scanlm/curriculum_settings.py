@@ -32,6 +32,10 @@ class Stage(BaseModel):
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up, to 0
     warmup: int = Field(default=200, ge=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    # of the scan model's T1: greatest size of the noise in its outputs, as a share of their norm,
+    # which stays as it is. Each output gets a size of its own, so that T1 learns to read weakened
+    # states and to write whole ones
+    state_noise: float = Field(default=0.0, ge=0)
     batch_size: int | None = Field(default=None, ge=1)  # default: min(1024, 4096 / length)
     threshold: float | None = 0.98
     # what the threshold is compared with: the worst position's accuracy, or that of whole words
@@ -69,7 +73,6 @@ class StateTrackingSettings(BaseModel):
 
     # for the scan model alone: what makes T1 repair its inputs
     dropout_in: Literal["all", "t1", "t2"] = "all"
-    state_noise: float = Field(default=0.0, ge=0)  # std of noise added to T1's outputs
     # share of the batch whose prefixes are folded leaf by leaf (a tree as deep as it is long)
     left_fold: float = Field(default=0.0, ge=0, lt=1)
     fold_from_length: int = Field(default=1, ge=1)
@@ -120,9 +123,10 @@ class StateTrackingSettings(BaseModel):
         if self.model != "scan":
             used = [
                 name
-                for name in ("left_fold", "state_noise", "dropout_in")
+                for name in ("left_fold", "dropout_in")
                 if getattr(self, name) != type(self).model_fields[name].default
             ]
+            used += ["state_noise"] if any(stage.state_noise for stage in self.stages) else []
             if used:
                 raise ScanLMError(
                     f"{used[0]} acts on T1, which model {self.model!r} has not: leave it out or "

@@ -108,6 +108,18 @@ def folded_logits(model: Any, x: Tensor, rows: int) -> Tensor:
     return model.lm_head(model.predict(leaves, prefixes))
 
 
+def noisy(states: Tensor, largest: float) -> Tensor:
+    """States ``(..., d)`` with random noise that leaves their norms as they are.
+
+    The noise has ``u * largest`` times a state's norm, u uniform in [0, 1) for each state. Kept
+    to its norm, a state is weakened by what the noise takes: as the states of deep trees are.
+    """
+    norm = states.norm(dim=-1, keepdim=True)
+    size = largest * torch.rand_like(norm) * norm / math.sqrt(states.shape[-1])
+    disturbed = states + size * torch.randn_like(states)
+    return disturbed * (norm / disturbed.norm(dim=-1, keepdim=True))
+
+
 class Learner:
     """A model in training: parameters, optimiser and counters, all on one device.
 
@@ -149,13 +161,12 @@ class Learner:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.stage: Stage | None = None
         self.used_graph = False
-        if settings.state_noise:
+        if any(stage.state_noise for stage in settings.stages):
             self.model.get_submodule("t1").register_forward_hook(self._add_noise)
 
     def _add_noise(self, module: nn.Module, _inputs: Any, states: list[Tensor]) -> list[Tensor]:
-        if not module.training:
-            return states
-        return [s + self.settings.state_noise * torch.randn_like(s) for s in states]
+        largest = self.stage.state_noise if self.stage is not None and module.training else 0.0
+        return [noisy(state, largest) for state in states] if largest else states
 
     def begin_stage(self, stage: Stage, stage_step: int = 0) -> None:
         """Prepare a stage; nothing is captured before its first steps have run."""

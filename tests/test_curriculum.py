@@ -1,6 +1,7 @@
 """The curriculum trainer, its step and the evaluation by length."""
 
 import json
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scanlm import ScanLMConfig, ScanLMForCausalLM
+from scanlm import ScanLMConfig, ScanLMForCausalLM, curriculum_step
 from scanlm.curriculum import check_same_training, open_run, preset_settings, train, train_many
 from scanlm.curriculum_settings import PRESETS, Stage
-from scanlm.curriculum_step import Learner, folded_logits, learning_rate, set_dropout
+from scanlm.curriculum_step import Learner, folded_logits, learning_rate, noisy, set_dropout
 from scanlm.errors import ScanLMError
 from scanlm.groups import get_group, running_products, word_batch
 from scanlm.length_evaluation import bin_edges, evaluate_lengths, reach, wilson, word_logits
@@ -101,6 +103,8 @@ def test_wrong_settings_are_one_clear_line(change: str, message: str) -> None:
 def test_t1_settings_need_a_scan_model() -> None:
     with pytest.raises(ScanLMError, match="left_fold acts on T1"):
         preset_settings("smoke", ["model=gpt2", "left_fold=0.5"])
+    with pytest.raises(ScanLMError, match="state_noise acts on T1"):
+        preset_settings("smoke", ["model=gpt2", "stages.1.state_noise=0.5"])
 
 
 # The step
@@ -203,12 +207,43 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row["name"] != "steps_per_second"]
 
 
+def test_noise_weakens_states_and_keeps_their_norms() -> None:
+    torch.manual_seed(0)
+    states = 3 * torch.randn(2000, 64) + 1
+    found = noisy(states, 2.0)
+    torch.testing.assert_close(found.norm(dim=-1), states.norm(dim=-1))
+    left = F.cosine_similarity(found, states, dim=-1)  # 1 / sqrt(1 + size^2), up to chance
+    assert left.max() > 0.98
+    assert left.min() < 0.55
+    # of sizes uniform up to 2 the mean is asinh(2) / 2
+    assert left.mean() == pytest.approx(math.asinh(2) / 2, abs=0.02)
+    torch.testing.assert_close(noisy(states, 0.0), states)
+
+
+def test_noise_is_of_its_stage_and_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[float] = []
+
+    def seen(states: Tensor, largest: float) -> Tensor:
+        sizes.append(largest)
+        return states
+
+    monkeypatch.setattr(curriculum_step, "noisy", seen)
+    settings = preset_settings("smoke", [*TINY, "stages.1.state_noise=0.5"])
+    learner = Learner(settings, torch.device("cpu"))
+    for stage, expected in zip(settings.stages, ([], [0.5], []), strict=True):
+        learner.begin_stage(stage)
+        learner.advance(1)
+        learner.validate()
+        assert sorted(set(sizes)) == expected, stage.length
+        sizes.clear()
+
+
 def _weights(folder: Path) -> dict[str, Tensor]:
     return ScanLMForCausalLM.from_pretrained(folder / "checkpoint-final").state_dict()
 
 
 @pytest.mark.parametrize(
-    "extra", [("ema=0.9", "state_noise=0.1", "left_fold=0.5"), ("precision=pure_bf16",)]
+    "extra", [("ema=0.9", "stages.*.state_noise=0.5", "left_fold=0.5"), ("precision=pure_bf16",)]
 )
 def test_interrupted_and_resumed_equals_uninterrupted(
     tmp_path: Path, extra: tuple[str, ...]

@@ -260,6 +260,9 @@ def test_records_are_told_apart_as_recipe_baselines_and_ablations() -> None:
     rows = [record("scan", seed, 512) for seed in range(3)]
     rows += [record("scan", seed, 9999, stages=without) for seed in range(2)]
     rows += [record("scan", 0, 7, config={"t1_causal": True})]
+    noisy = [{**stage, "state_noise": 0.5 * (stage["length"] == 16)} for stage in without]
+    noisy[1]["dropout"] = 0.1
+    rows += [record("scan", 0, 8, stages=noisy)]
     rows += [record("gpt2_tiny", 0, 4), record("gpt2_tiny", 0, 8, clip=2.0)]
     runs = state_records.sort_runs(pd.DataFrame(rows))
     found = {(r["role"], r["series"], r["reach"]) for _, r in runs.iterrows()}
@@ -267,6 +270,7 @@ def test_records_are_told_apart_as_recipe_baselines_and_ablations() -> None:
         ("recipe", "scan model", 512),
         ("ablation", "no dropout", 9999),
         ("ablation", "t1_causal", 7),
+        ("ablation", "state noise 0.5, late", 8),
         ("baseline", "GPT-2", 8),  # of the search, the better one
     }
 

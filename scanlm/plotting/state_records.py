@@ -17,7 +17,9 @@ from scanlm.plotting.state_tracking import run_label
 if TYPE_CHECKING:
     import pandas as pd
 
-IGNORED = ("eval_", "compile_from_length", "log_every", "validation_sequences")
+# state_noise was of the whole run before it was of a stage; no record has it there
+IGNORED = ("eval_", "compile_from_length", "log_every", "validation_sequences", "state_noise")
+STAGE_FIELDS = ("length", "lr", "dropout", "state_noise", "max_steps", "batch_size", "threshold")
 
 
 def _training(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,8 +29,8 @@ def _training(parameters: Mapping[str, Any]) -> dict[str, Any]:
         if name == "config":
             flat |= {f"config.{k}": v for k, v in (value or {}).items()}
         elif name == "stages":
-            for field in ("length", "lr", "dropout", "max_steps", "batch_size", "threshold"):
-                flat[f"stages.{field}"] = [stage.get(field) for stage in value]
+            for field in STAGE_FIELDS:
+                flat[f"stages.{field}"] = [stage.get(field) or 0 for stage in value]
         elif not name.startswith(IGNORED):
             flat[name] = value
     return flat
@@ -38,10 +40,11 @@ def _text(name: str, value: Any) -> str:
     field = name.rpartition(".")[2]
     if name == "stages.length":
         return f"lengths {value[0]} to {value[-1]}"
-    if name == "stages.dropout":
+    if name in ("stages.dropout", "stages.state_noise"):
+        what = field.replace("_", " ")
         used = sorted({v for v in value if v})
         where = "all stages" if len(used) == 1 and all(value) else "late"
-        return f"dropout {used[-1]:g}, {where}" if used else "no dropout"
+        return f"{what} {used[-1]:g}, {where}" if used else f"no {what}"
     if name == "stages.lr":
         return f"last lr {value[-1]:g}"
     if name == "stages.max_steps":

@@ -15,6 +15,8 @@ import shlex
 import shutil
 import time
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from scanlm.data import (
 from scanlm.data.token_files import default_tokenizer
 from scanlm.errors import ScanLMError
 from scanlm.flops import training_flops
+from scanlm.interrupts import held_interrupts
 from scanlm.progress import Progress
 from scanlm.records import SUMMARY_FILE, Run, read_metrics, run_id
 from scanlm.scoring import (
@@ -78,7 +81,9 @@ def train(
     Raises:
         ScanLMError: settings that do not fit each other, the model or the corpus; an output folder
             that cannot be written; training that diverged (the record says so too).
-        KeyboardInterrupt: recorded as "interrupted"; the same call continues.
+        KeyboardInterrupt: recorded as "interrupted"; the same call continues. One process saves
+            a checkpoint first, unless it is interrupted again; one rank of several does not,
+            since another may be a step further.
     """
     tokens = corpus or prepare(
         settings.corpus, settings.tokenizer, settings.cache_dir, ("train", "validation")
@@ -146,6 +151,7 @@ class _Session:
         self.tokens_per_step = settings.batch_size * settings.seq_len
         parts = training_flops(model, settings.seq_len) if hasattr(model, "config") else None
         self.flops = sum(parts.values()) if parts else None
+        self.schedule = _Schedule(settings, self.display)
         self.trainer: ExactTrainer
         self.earlier = 0.0  # seconds of earlier sessions
         self.measured = (time.perf_counter(), 0)
@@ -173,7 +179,7 @@ class _Session:
             train_dataset=_ordered(s, blocks),
             data_collator=default_data_collator,
             processing_class=self.tokens.tokenizer,  # saved with every checkpoint
-            callbacks=[_Schedule(s, self.display)],
+            callbacks=[self.schedule],
         )
         for unwanted in (PrinterCallback, ProgressCallback):
             self.trainer.remove_callback(unwanted)
@@ -196,7 +202,11 @@ class _Session:
         try:
             checkpoint = str(self.folder / f"checkpoint-{done}") if done else None
             if done < s.steps:
-                self.trainer.train(resume_from_checkpoint=checkpoint)
+                with _held(self.trainer.args.world_size) as interrupted:
+                    self.schedule.interrupted = interrupted
+                    self.trainer.train(resume_from_checkpoint=checkpoint)
+                    if self.trainer.state.global_step < s.steps:
+                        raise KeyboardInterrupt
             else:  # stopped between its last checkpoint and its summary
                 self.trainer._load_from_checkpoint(str(checkpoint))
         finally:
@@ -297,18 +307,26 @@ class _Session:
         print(f"{_result_line(summary)}\nrun: {self.folder}")
 
 
+def _held(ranks: int) -> AbstractContextManager[Callable[[], bool]]:
+    """Interrupts wait for the end of a step, unless other ranks would wait for this one."""
+    return held_interrupts() if ranks == 1 else nullcontext(lambda: False)
+
+
 class _Schedule(TrainerCallback):
-    """When to log, evaluate and advance the bar."""
+    """When to log, evaluate, advance the bar, and stop because of ``interrupted``."""
 
     def __init__(self, settings: TrainingSettings, display: Progress) -> None:
         self.settings, self.display = settings, display
+        self.interrupted: Callable[[], bool] = lambda: False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step, s = state.global_step, self.settings
         last = step >= s.steps
         control.should_evaluate = last or step % s.eval_every == 0
         # an interval never spans a checkpoint, since its sum of losses is not in it
-        control.should_log = last or step % s.log_every == 0 or step % s.save_every == 0
+        if self.interrupted() and not last:
+            control.should_save = control.should_training_stop = True
+        control.should_log = last or step % s.log_every == 0 or control.should_save
         self.display.advance(step)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from scanlm.errors import ScanLMError
 from scanlm.model import ScanLMForCausalLM
 from scanlm.records import Run, read_metrics
 from scanlm.settings import TrainingSettings
-from scanlm.trainer import OrderedBlocks, decayed_parameters, saved_steps
+from scanlm.trainer import ExactTrainer, OrderedBlocks, decayed_parameters, saved_steps
 from scanlm.training import train
 
 SMALL = {
@@ -192,17 +193,56 @@ def test_divergence_names_the_step_and_keeps_good_checkpoints(
     assert saved_steps(folder) == [4]
 
 
-def test_interruption_is_recorded(
+def interrupted_at(step: int, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C during a step; ``again``: twice."""
+    compute = ExactTrainer.compute_loss
+
+    def interrupted(self: ExactTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step + 1 == step:
+            for _ in range(1 + again):
+                signal.raise_signal(signal.SIGINT)
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(ExactTrainer, "compute_loss", interrupted)
+    # a shell that started the tests in the background has told them to ignore interrupts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_an_interrupt_saves_the_step_and_loses_nothing(
     corpus: TokenizedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(self: object) -> float:
-        raise KeyboardInterrupt
+    settings = TrainingSettings(**SMALL, root=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        interrupted_at(5, again=False, monkeypatch=patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, small_model(), corpus)
+    (folder,) = (tmp_path / "cut").glob("*/*")
+    assert Run.open(folder).status == "interrupted"
+    assert saved_steps(folder) == [4, 5]
+    again = train(settings, small_model(), corpus)
+    whole = train(settings.model_copy(update={"root": str(tmp_path)}), small_model(), corpus)
+    models = [
+        AutoModelForCausalLM.from_pretrained(run.folder / "checkpoint-12") for run in (again, whole)
+    ]
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(a, b)
+    rows, reference = (
+        {row for row in curve(run.folder) if row[0] in ("perplexity", "learning_rate")}
+        for run in (again, whole)
+    )
+    assert {row[2] for row in rows - reference} == {5}  # what was logged because it was saved
+    assert not reference - rows
 
-    monkeypatch.setattr("scanlm.training._Session._score", stop)
+
+def test_a_second_interrupt_does_not_wait(
+    corpus: TokenizedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted_at(5, again=True, monkeypatch=monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train(TrainingSettings(**SMALL, root=str(tmp_path)), small_model(), corpus)
     (folder,) = tmp_path.glob("*/*")
     assert Run.open(folder).status == "interrupted"
+    assert saved_steps(folder) == [4]
 
 
 def test_one_chunk_warns(corpus: TokenizedCorpus, tmp_path: Path) -> None:

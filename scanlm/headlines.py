@@ -21,7 +21,7 @@ def headlines(runs: pd.DataFrame) -> list[Row]:
     Args:
         runs: of ``records.read_runs``, with the column ``source``.
     """
-    return [*_inference(runs), *_training(runs), *_state_tracking(runs)]
+    return [*_inference(runs), *_training(runs), *_perplexity(runs), *_state_tracking(runs)]
 
 
 def _row(what: str, texts: list[str], source: str) -> Row:
@@ -66,6 +66,33 @@ def _training(runs: pd.DataFrame) -> Iterator[Row]:
             values = [number(value, 0, " tokens/s") for value in (scan, gpt2)]
             yield _row("training, 64 x 512 tokens a step", values, run["source"])
             return
+
+
+def _perplexity(runs: pd.DataFrame) -> Iterator[Row]:
+    from scanlm.plotting.figures import NoRecords, compared_runs
+
+    try:
+        runs = compared_runs(runs[runs["experiment"] == "enwiki2019"])
+    except NoRecords:
+        return
+    values = runs.set_index("model")["summary.perplexity"]
+    scan, gpt2 = (values[values.index.str.startswith(name)] for name in ("scanlm", "gpt2"))
+    if scan.empty or gpt2.empty:
+        return
+    text = number(scan.min())
+    if len(scan) > 1:
+        text += f" to {number(scan.max())} (chunks of {_chunks(scan)})"
+    tokens = runs["summary.tokens"].iloc[0] / 1e6
+    what = f"perplexity on enwiki2019's validation text, trained on {number(tokens, 1)} M tokens"
+    yield _row(
+        what, [text, number(gpt2.min())], runs.loc[runs["model"] == scan.idxmin(), "source"].iloc[0]
+    )
+
+
+def _chunks(perplexities: pd.Series) -> str:
+    """``256 to 32``: in the order of the perplexities."""
+    sizes = [str(name).rpartition("_c")[2] for name in perplexities.sort_values().index]
+    return f"{sizes[0]} to {sizes[-1]}"
 
 
 def _state_tracking(runs: pd.DataFrame) -> Iterator[Row]:

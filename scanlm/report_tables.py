@@ -63,7 +63,13 @@ def _of_kind(runs: pd.DataFrame, kind: str) -> pd.DataFrame:
 
 
 def _training(runs: pd.DataFrame) -> Iterable[Row]:
-    for _, run in _of_kind(runs, "training").iterrows():
+    """Of each experiment the longest runs first, and of these the best."""
+    runs = _of_kind(runs, "training")
+    summaries = runs["summary"].map(_mapping)
+    runs = runs.assign(
+        trained=summaries.map(lambda s: -s["tokens"]), loss=summaries.map(lambda s: s["loss"])
+    )
+    for _, run in runs.sort_values(["experiment", "trained", "loss"]).iterrows():
         parameters, summary = run["parameters"], _mapping(run["summary"])
         config = _mapping(parameters.get("config"))
         is_scan = config.get("model_type") == "scanlm"
@@ -74,12 +80,15 @@ def _training(runs: pd.DataFrame) -> Iterable[Row]:
             "corpus": f"`{parameters['corpus']}`",
             "steps": f"{summary['steps']:,}",
             "tokens": number(summary["tokens"] / 1e6, 1) + " M",
+            "lr": f"{parameters['lr']:g}" if "lr" in parameters else "",
             "seed": str(run["seed"]),
             "loss": number(summary["loss"], 3),
             "unigram": number(summary.get("unigram_entropy"), 3),
             "perplexity": number(summary["perplexity"]),
             "bits/byte": number(summary.get("bits_per_byte"), 3),
             "tokens/s": number(summary.get("tokens_per_second"), 0),
+            "minutes": number(summary.get("wall_seconds", math.nan) / 60, 1),
+            "GB": number(summary.get("peak_memory_bytes", math.nan) / 1e9, 1),
             "source": run["source"],
         }
 
@@ -221,7 +230,8 @@ TABLES = (
         "Training runs",
         "Loss in nats per token on the validation split, every token scored; beside it the entropy "
         "of a unigram model of the same text. Steps and tokens say how far a run went: none of "
-        "these is the paper's training unless it has the paper's steps and corpus.",
+        "these is the paper's training unless it has the paper's steps and corpus. Minutes are all "
+        "of a run: compilation and validation too; GB is the most memory it held.",
         _training,
     ),
     Table(

@@ -67,6 +67,7 @@ GLA, GDN = "gla_170M", "gated_deltanet_170M_baseline"
     ("model", "changes", "millions"),
     [
         ("gpt2_small_wikitext103_drop01", {}, 124.44),
+        ("gpt2_small_untied", {}, 163.04),
         ("window_gpt2_small", {}, 124.44),
         (GLA, {}, 162.38),
         (GLA, {"tie_word_embeddings": True}, 123.78),

@@ -481,6 +481,16 @@ def test_final_values_have_a_point_a_seed_and_the_best_on_top(metrics: pd.DataFr
     assert texts(ax) == ["3.250", "2.250"]
 
 
+def test_final_values_are_of_the_whole_split_where_it_was_scored(metrics: pd.DataFrame) -> None:
+    by_position = metrics["position"].notna() & (metrics["name"] == "loss")
+    assert by_position.any()
+    counted = metrics.assign(n=np.where(by_position, 1 + metrics["position"], np.nan))
+    (ax,) = comparison.final_values(counted[counted["model"] == "gpt2"]).axes
+    rows = training.last_rows(counted[by_position & (counted["model"] == "gpt2")])
+    whole = (rows["value"] * rows["n"]).sum() / rows["n"].sum()
+    assert texts(ax) == [f"{whole:.3f}"] != ["3.250"]
+
+
 def test_position_differences_cancel_the_text(metrics: pd.DataFrame) -> None:
     humps = metrics.assign(value=metrics["value"] + 5 * (metrics["position"] % 2).fillna(0))
     slope = humps["position"].fillna(0) * (humps["model"] == "scanlm")
@@ -573,7 +583,7 @@ def test_models_are_compared_on_the_same_tokens_at_their_best_lr(tmp_path: Path)
         export_run(tmp_path, model="gpt2", seed=seed, loss=4.0, model_type="gpt2")
         export_run(tmp_path, model="gpt2", seed=seed, loss=3.0, lr=1e-4, model_type="gpt2")
     export_run(tmp_path, model="gla", steps=900, loss=1.0)  # more tokens
-    runs = figures.compared_runs(figures.Records(tmp_path))
+    runs = figures.compared_runs(figures.Records(tmp_path).runs("enwiki2019"))
     assert sorted(zip(runs["model"], runs["lr"], runs["seed"], strict=True)) == [
         ("gpt2", 1e-4, 0),
         ("gpt2", 1e-4, 1),
@@ -583,6 +593,18 @@ def test_models_are_compared_on_the_same_tokens_at_their_best_lr(tmp_path: Path)
     (ax,) = figures.FIGURES["comparison_final"](figures.Records(tmp_path)).axes
     assert texts(ax) == ["3.000", "2.500"]
     assert "and 3 more runs" in ax.figure.get_supxlabel()
+
+
+def test_a_long_comparison_wins_over_a_short_one_of_more_models(tmp_path: Path) -> None:
+    for model in ("scanlm", "gla", "gpt2"):
+        export_run(tmp_path, model=model)
+    for model in ("scanlm", "gpt2"):
+        export_run(tmp_path, model=model, steps=900)
+    runs = figures.compared_runs(figures.Records(tmp_path).runs("enwiki2019"))
+    assert {(run["model"], run["summary.steps"]) for _, run in runs.iterrows()} == {
+        ("scanlm", 900),
+        ("gpt2", 900),
+    }
 
 
 def test_a_notebook_shows_a_recorded_figure_or_says_that_there_is_none(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The numbers in documents are those of the records."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,13 @@ def training_speed(folder: Path) -> None:
     exported(folder, run, *metrics)
 
 
+def trained(folder: Path, model: str, perplexity: float) -> None:
+    run = Run.create("enwiki2019", model, {"kind": "training", "lr": 1e-3}, 0, root=folder / "runs")
+    loss = math.log(perplexity)
+    run.finish({"loss": loss, "perplexity": perplexity, "steps": 10, "tokens": 2_000_000})
+    export(run.folder, folder / "data" / "results")
+
+
 def state_tracking(folder: Path, seed: int, right: float) -> None:
     stages = [{"length": 16, "dropout": 0.1}]
     run = Run.create("s5", "scan", {"stages": stages}, seed, root=folder / "runs")
@@ -118,8 +126,8 @@ def test_tables_hold_what_the_records_say(tmp_path: Path) -> None:
     record(tmp_path, "training", 2.0151)
     record(tmp_path, "evaluation", 2.5)
     training = section(tmp_path, "Training runs")
-    assert cells(training)[:9] == [
-        "scanlm_tiny", "16", "2.5 M", "`wikitext-2`", "600", "1.2 M", "3", "2.015", "6.250",
+    assert cells(training)[:10] == [
+        "scanlm_tiny", "16", "2.5 M", "`wikitext-2`", "600", "1.2 M", "", "3", "2.015", "6.250",
     ]  # fmt: skip
     assert "[record](wikitext2/scanlm_tiny-s3-" in training
     evaluation = section(tmp_path, "Evaluations")
@@ -177,12 +185,16 @@ def test_headlines_compare_with_the_best_gpt2_and_all_seeds(tmp_path: Path) -> N
     training_speed(tmp_path)
     for seed, right in enumerate((0.5, 0.75, 1.0)):
         state_tracking(tmp_path, seed, right)
+    for perplexity, model in ((9.0, "scanlm_c64"), (8.0, "scanlm_c128"), (7.5, "gpt2"), (7, "gla")):
+        trained(tmp_path, model, perplexity)
     text = results_section(tmp_path / "data" / "results", tmp_path)
     rows = {cells(line)[0]: cells(line)[1:3] for line in text.splitlines()}
     assert rows["a token at position 1,000"] == ["0.200 ms", "0.500 ms"]
     assert rows["a token at position 40,000"] == ["0.250 ms", "1.250 ms"]
     assert rows["reading a prompt of 40,000"] == ["0.500 s", "0.750 s"]
     assert rows["training, 64 x 512 tokens a step"] == ["1,000 tokens/s", "3,000 tokens/s"]
+    what = "perplexity on enwiki2019's validation text, trained on 2.0 M tokens"
+    assert rows[what] == ["8.00 to 9.00 (chunks of 128 to 64)", "7.50"]
     assert rows["S5, trained to length 16: right at length 180, median (range)"] == [
         "75.000 % (50.000 to 100.000, 3 seeds)",
         "not yet recorded",

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, ScalarFormatter
 
 from scanlm.errors import ScanLMError, nearest
 from scanlm.plotting.style import (
@@ -24,7 +24,14 @@ from scanlm.plotting.style import (
     style,
     text_on,
 )
-from scanlm.plotting.training import NAME_LABELS, X_LABELS, last_rows, loss_rows, seed_spread
+from scanlm.plotting.training import (
+    NAME_LABELS,
+    X_LABELS,
+    final_rows,
+    last_rows,
+    loss_rows,
+    seed_spread,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -253,6 +260,9 @@ def cost_curves(
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
             ax.set_title(f"against {X_LABELS.get(x, x).partition(' (')[0]}")
         axes[0].set_ylabel(NAME_LABELS.get(name, name))
+        if name == "perplexity":  # which falls by whole factors
+            axes[0].set_yscale("log", base=2)
+            axes[0].yaxis.set_major_formatter(ScalarFormatter())
         axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         if source:
             caption(figure, source)
@@ -276,10 +286,9 @@ def final_values(
     Raises:
         ScanLMError: the records have no such metric or split.
     """
-    rows = loss_rows(metrics, name, "step", split)
-    last = last_rows(rows)
+    last = final_rows(metrics, name, split)
     means = last.groupby("model")["value"].mean().sort_values(ascending=False)
-    looks = model_styles(list(rows["model"].unique()))
+    looks = model_styles(list(last["model"].unique()))
     with style():
         figure = new_figure(7.4, 0.48 * len(means) + 1.4)
         ax = figure.subplots()

@@ -25,7 +25,7 @@ from scanlm.plotting import (
     training,
 )
 from scanlm.plotting.architecture import architecture
-from scanlm.plotting.style import style
+from scanlm.plotting.style import family_of, style
 from scanlm.values import natural_key
 
 logger = logging.getLogger(__name__)
@@ -102,10 +102,10 @@ def _training(runs: pd.DataFrame) -> pd.DataFrame:
 def _alike(
     runs: pd.DataFrame, condition: Callable[[pd.Series], object], differ: str
 ) -> pd.DataFrame:
-    """The largest set of runs that are equal in ``condition`` and many in the column ``differ``.
+    """A set of runs that are equal in ``condition`` and many in the column ``differ``.
 
     Different amounts of training or batches would be compared as if ``differ`` had made the
-    difference. Of sets of one size the one with most training is taken.
+    difference. Of several sets the one with most training in all is taken.
 
     Raises:
         NoRecords: no two runs differ in nothing else.
@@ -116,10 +116,11 @@ def _alike(
     sets = runs.groupby("condition").agg(
         members=(differ, "nunique"), tokens=("summary.tokens", "max")
     )
-    best = sets.sort_values(["members", "tokens"]).iloc[-1]
-    if best["members"] < 2:
+    sets = sets[sets["members"] >= 2]
+    if sets.empty:
         raise NoRecords(f"no two runs differ in {differ.replace('_', ' ')} and in nothing else")
-    return runs[runs["condition"] == best.name]
+    best = (sets["members"] * sets["tokens"]).idxmax()
+    return runs[runs["condition"] == best]
 
 
 def _training_tokens(run: pd.Series) -> dict[str, Any]:
@@ -148,13 +149,16 @@ def _chunk_sizes(records: Records) -> Figure:
     return training.chunk_size_comparison(metrics, source=caption)
 
 
-def compared_runs(records: Records, experiment: str = "enwiki2019") -> pd.DataFrame:
+def compared_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """Runs of different models on the same tokens in the same order, each at its best lr.
+
+    Args:
+        runs: of one experiment, as ``records.read_runs`` has them.
 
     Raises:
         NoRecords: there are none.
     """
-    runs = _alike(_training(records.runs(experiment)), _training_tokens, "model")
+    runs = _alike(_training(runs), _training_tokens, "model")
     runs = runs.assign(lr=runs["parameters"].map(lambda p: p.get("lr")))
     means = runs.groupby(["model", "lr"], dropna=False)["summary.loss"].mean().reset_index()
     best = means.loc[means.groupby("model")["summary.loss"].idxmin(), ["model", "lr"]]
@@ -163,11 +167,18 @@ def compared_runs(records: Records, experiment: str = "enwiki2019") -> pd.DataFr
 
 def _comparison(draw: Callable[..., Figure]) -> Callable[[Records], Figure]:
     def make(records: Records) -> Figure:
-        runs = compared_runs(records)
+        runs = compared_runs(records.runs("enwiki2019"))
         metrics, caption = records.metrics("enwiki2019", runs)
         return draw(metrics, source=caption)
 
     return make
+
+
+def _differences(metrics: pd.DataFrame, source: str) -> Figure:
+    """Loss by position against the first GPT-2, so that what the text does to all cancels."""
+    models = list(metrics["model"].unique())
+    reference = next((m for m in models if family_of(m) == "gpt2"), models[0])
+    return comparison.position_differences(metrics, reference, window=16, source=source)
 
 
 def _speed(draw: Callable[..., Figure]) -> Callable[[Records], Figure]:
@@ -340,7 +351,6 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "influence": _influence,
     "loss_embedded": _loss("embedded"),
     "loss_wikitext103": _loss("wikitext103"),
-    "loss_enwiki2019": _loss("enwiki2019"),
     "chunk_sizes": _chunk_sizes,
     "cost_by_chunk_size": _cost_by_chunk_size,
     "training_speed": _speed(speed.by_model),
@@ -349,9 +359,9 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "training_time_by_kernel": _speed(speed.by_kernel),
     "training_speed_by_chunk_size": _speed(speed.by_chunk_size),
     "reading_the_past": lambda _: comparison.reading_the_past(),
-    "comparison": _comparison(comparison.cost_curves),
+    "comparison": _comparison(partial(comparison.cost_curves, xs=("tokens", "flops", "seconds"))),
     "comparison_final": _comparison(comparison.final_values),
-    "comparison_positions": _comparison(partial(training.loss_by_position, window=16)),
+    "comparison_positions": _comparison(_differences),
     "state_bytes": _inference(_state_bytes),
     "inference_speed": _inference(inference.timeline, "original"),
     "inference_positions_original": _inference(inference.time_by_position, "original"),

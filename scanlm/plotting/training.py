@@ -83,6 +83,26 @@ def last_rows(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["step"] == rows.groupby("run_id")["step"].transform("max")]
 
 
+def final_rows(metrics: pd.DataFrame, name: str, split: str | None) -> pd.DataFrame:
+    """Each run's last value of a metric, a row a run.
+
+    Curves score a part of a split, and at the end all of it is scored by position: where that is
+    recorded it is the final loss.
+
+    Raises:
+        ScanLMError: the records have no such metric or split.
+    """
+    last = last_rows(loss_rows(metrics, name, "step", split))
+    if name not in ("loss", "perplexity") or not {"position", "n"} <= set(metrics.columns):
+        return last
+    losses = metrics[(metrics["name"] == "loss") & (metrics["split"] == split)]
+    whole = last_rows(losses.dropna(subset=["position", "n"]))
+    sums = whole.assign(nats=whole["value"] * whole["n"]).groupby("run_id")[["nats", "n"]].sum()
+    means = last["run_id"].map(sums["nats"] / sums["n"])
+    values = np.exp(means) if name == "perplexity" else means
+    return last.assign(value=values.fillna(last["value"]))
+
+
 def _medians(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """One row a run and combination of ``keys``: the median of its values."""
     return rows.groupby(["run_id", *keys], sort=False)["value"].median().reset_index()
@@ -342,13 +362,12 @@ def chunk_size_comparison(
     """
     if "model" in metrics:
         metrics = metrics.assign(model=metrics["model"].str.replace(r"_c\d+$", "", regex=True))
-    rows = _rows(metrics, name, ("chunk_size",), split)
-    for axis in ("position", "length"):
-        if axis in rows:
-            rows = rows[rows[axis].isna()]
+    rows = final_rows(metrics, name, split)
+    if "chunk_size" not in rows or rows["chunk_size"].isna().all():
+        raise ScanLMError(f"no {name!r} has the axis chunk_size: nothing to draw")
     speed = metrics[metrics["name"] == "tokens_per_second"].dropna(subset=["chunk_size", "value"])
     panels: list[tuple[pd.DataFrame, str, str]] = [
-        (last_rows(rows), NAME_LABELS.get(name, name), f"Final {split or ''} {name}")
+        (rows, NAME_LABELS.get(name, name), f"Final {split or ''} {name}")
     ]
     if not speed.empty:
         runs = _medians(speed, [by, "chunk_size"])

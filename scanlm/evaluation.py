@@ -9,6 +9,7 @@ results do.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +130,7 @@ def evaluate(
     experiment = experiment_name(tokens.name)
     run = _new_record(experiment, loaded.name, parameters, seed, root) if record else None
     rows: list[dict[str, Any]] = []
-    try:
+    with run.failures_recorded() if run else nullcontext():
         for step in wanted:
             if rows:
                 loaded = load_checkpoint(target, step, place, config=config, cache_dir=cache_dir)
@@ -155,11 +156,6 @@ def evaluate(
         if run:
             names = ("step", "split", *_METRICS, "num_tokens")
             run.finish({name: rows[-1][name] for name in names if rows[-1][name] is not None})
-    except BaseException as error:
-        if run:
-            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            run.fail(status, str(error) or type(error).__name__)
-        raise
     return rows
 
 

@@ -22,6 +22,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,6 +203,19 @@ class Run:
         _check_status(status)
         self.info["message"] = message
         self._end(status)
+
+    @contextmanager
+    def failures_recorded(self) -> Iterator[None]:
+        """An error within ends the run, "interrupted" by Ctrl-C and else "failed", and goes on."""
+        try:
+            yield
+        except BaseException as error:
+            if not self.finished:
+                stopped = isinstance(error, KeyboardInterrupt)
+                self.fail(
+                    "interrupted" if stopped else "failed", str(error) or type(error).__name__
+                )
+            raise
 
     def update(self, **parameters: Any) -> None:
         """Add facts that are known only later to ``run.json`` (not part of the run's identity)."""

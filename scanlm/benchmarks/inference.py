@@ -164,7 +164,7 @@ def benchmark_inference(settings: InferenceSettings, report: Callable[[str], Non
         return run
     metrics = read_metrics(run.folder)
     done = _done(metrics)
-    try:
+    with run.failures_recorded():
         if metrics.empty or not (metrics["name"] == "bandwidth").any():
             run.log("bandwidth", measure_bandwidth(device))
         for work in _plan(settings):
@@ -173,11 +173,6 @@ def benchmark_inference(settings: InferenceSettings, report: Callable[[str], Non
             with no_leftovers(device):
                 _measure(settings, work, run, report)
         run.finish(summarize_run(read_metrics(run.folder)))
-    except BaseException as error:
-        if not run.finished:
-            stopped = isinstance(error, KeyboardInterrupt)
-            run.fail("interrupted" if stopped else "failed", str(error) or type(error).__name__)
-        raise
     if settings.picture and settings.max_new_tokens:
         from scanlm.plotting import inference as draw
         from scanlm.records import source_line

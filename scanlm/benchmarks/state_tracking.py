@@ -120,7 +120,7 @@ def benchmark_state_tracking(
     if not metrics.empty:
         rates = metrics[metrics["name"] == "steps_per_second"]  # written last
         done = set(zip(rates["way"], rates["length"], rates["runs"], strict=True))
-    try:
+    with run.failures_recorded():
         for way in ways:
             learners: list[Learner] = []
             for length in settings.lengths:
@@ -134,11 +134,6 @@ def benchmark_state_tracking(
                             label = f"{count} run{'s' if count > 1 else ''} at length {length}"
                             report(f"{way}, {label}: {value:,.1f} steps/s")
         run.finish(summarize_run(read_metrics(run.folder)))
-    except BaseException as error:
-        if not run.finished:
-            stopped = isinstance(error, KeyboardInterrupt)
-            run.fail("interrupted" if stopped else "failed", str(error) or type(error).__name__)
-        raise
     return run
 
 

@@ -179,7 +179,7 @@ def benchmark_training(
         report(f"already finished: {run.folder}")
         return run
     metrics = read_metrics(run.folder)
-    try:
+    with run.failures_recorded():
         if metrics.empty:
             run.log("matmul_flops_per_second", measure_peak(device, str(s.dtype)), dtype=s.dtype)
         peak = float(read_metrics(run.folder)["value"].iloc[0])
@@ -197,11 +197,6 @@ def benchmark_training(
                 _measure(s, item, run, peak, report)
             longest = max(longest, time.perf_counter() - start)
         run.finish(summarize_run(read_metrics(run.folder)))
-    except BaseException as error:
-        if not run.finished:
-            stopped = isinstance(error, KeyboardInterrupt)
-            run.fail("interrupted" if stopped else "failed", str(error) or type(error).__name__)
-        raise
     return run
 
 

@@ -357,6 +357,14 @@ def _step(folder: Path) -> int | None:
 
 def _no_checkpoint(folder: Path) -> ScanLMError:
     if (folder / "run.json").is_file():
+        from scanlm.records import Run
+
+        kind = (Run.open(folder).info.get("parameters") or {}).get("kind", "training")
+        if kind != "training":
+            return ScanLMError(
+                f"{folder} is the record of a run of kind {kind!r}, which has no model: give the "
+                "training run's folder (or, of many, their checkpoints: runs/*/checkpoint-N)"
+            )
         return ScanLMError(
             f"run {folder} has no checkpoint yet (checkpoint-N): train it further, or save more "
             "often with save_every"

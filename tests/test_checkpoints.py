@@ -262,6 +262,14 @@ def test_a_run_without_checkpoints(tmp_path):
     assert "has no checkpoint yet" in error_of(make_run(tmp_path / "run", steps=()))
 
 
+def test_a_record_that_is_not_a_training_run(tmp_path):
+    run = make_run(tmp_path / "run", steps=())
+    record = json.loads((run / "run.json").read_text())
+    record["parameters"]["kind"] = "evaluation"
+    (run / "run.json").write_text(json.dumps(record))
+    assert "is the record of a run of kind 'evaluation', which has no model" in error_of(run)
+
+
 def test_folders_that_hold_no_model(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds no model: expected a run folder" in error_of(tmp_path / "empty")

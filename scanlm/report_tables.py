@@ -251,7 +251,7 @@ TABLES = (
         "Time for a token",
         "Batch 1, bfloat16 where the model's name does not say otherwise: median time of one "
         "generated token after prompts of four lengths; then the time to read the longest of these "
-        "prompts, and the memory of the state behind it. `scanlm.benchmarks.subjects` says what "
+        "prompts, and the memory of the state behind it. `scanlm.benchmark.subjects` says what "
         "each model is.",
         _inference,
     ),

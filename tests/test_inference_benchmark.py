@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from scanlm.benchmarks import inference, timing
-from scanlm.benchmarks.inference import InferenceSettings, benchmark_inference
-from scanlm.benchmarks.subjects import SUBJECTS, Setting, Subject
+from scanlm.benchmark import inference, timing
+from scanlm.benchmark.inference import InferenceSettings, benchmark_inference
+from scanlm.benchmark.subjects import SUBJECTS, Setting, Subject
 from scanlm.cli import app
 from scanlm.errors import ScanLMError
 from scanlm.plotting import inference as draw

@@ -7,8 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from scanlm.benchmarks import state_tracking
-from scanlm.benchmarks.state_tracking import StateSpeedSettings, benchmark_state_tracking
+from scanlm.benchmark import state_tracking
+from scanlm.benchmark.state_tracking import StateSpeedSettings, benchmark_state_tracking
 from scanlm.cli import app
 from scanlm.errors import ScanLMError
 from scanlm.records import read_metrics, read_runs

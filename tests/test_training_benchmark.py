@@ -10,11 +10,11 @@ import torch
 from transformers import GPT2LMHeadModel
 from typer.testing import CliRunner
 
-from scanlm.benchmarks import training as bench
-from scanlm.benchmarks.failures import is_out_of_memory
-from scanlm.benchmarks.kernel_times import kind_of
-from scanlm.benchmarks.training import TrainingSpeedSettings, benchmark_training, plan
-from scanlm.benchmarks.training_step import TrainingStep, Work, build, flops_per_token
+from scanlm.benchmark import training as bench
+from scanlm.benchmark.failures import is_out_of_memory
+from scanlm.benchmark.kernel_times import kind_of
+from scanlm.benchmark.training import TrainingSpeedSettings, benchmark_training, plan
+from scanlm.benchmark.training_step import TrainingStep, Work, build, flops_per_token
 from scanlm.cli import app
 from scanlm.errors import ScanLMError
 from scanlm.plotting import speed

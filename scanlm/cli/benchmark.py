@@ -60,7 +60,7 @@ def training(
       scanlm benchmark training
       scanlm benchmark training --models scanlm_tiny,gpt2_tiny --seq-lens 128,512 --device cpu
     """
-    from scanlm.benchmarks.training import TrainingSpeedSettings, benchmark_training
+    from scanlm.benchmark.training import TrainingSpeedSettings, benchmark_training
 
     given: dict[str, Any] = {"steps": steps, "seconds": seconds, "root": str(root)}
     given |= {"batch_tokens": batch_tokens, "dtype": dtype, "compile": compile_, "device": device}
@@ -127,7 +127,7 @@ def inference(
       scanlm benchmark inference --size tiny --device cpu --max-new-tokens 500
       scanlm benchmark inference --size base --max-new-tokens 0 --positions 1000,40000,131072
     """
-    from scanlm.benchmarks.inference import InferenceSettings, benchmark_inference
+    from scanlm.benchmark.inference import InferenceSettings, benchmark_inference
 
     given: dict[str, Any] = {"size": size, "device": device, "dtype": dtype, "seed": seed}
     given |= {"chunk_size": chunk_size, "batch_size": batch_size, "prompt_len": prompt_len}
@@ -169,7 +169,7 @@ def state_tracking(
       scanlm benchmark state-tracking
       scanlm benchmark state-tracking --preset smoke --lengths 2,4 --runs 1 --device cpu
     """
-    from scanlm.benchmarks.state_tracking import StateSpeedSettings, benchmark_state_tracking
+    from scanlm.benchmark.state_tracking import StateSpeedSettings, benchmark_state_tracking
 
     given: dict[str, Any] = {"preset": preset, "changes": tuple(set_ or ()), "root": str(root)}
     given |= {"steps": steps, "seconds": seconds, "device": device}

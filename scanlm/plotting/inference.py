@@ -1,4 +1,4 @@
-"""Figures of inference scaling, from the metrics of ``scanlm.benchmarks.inference``.
+"""Figures of inference scaling, from the metrics of ``scanlm.benchmark.inference``.
 
 Every function takes the frame of ``records.read_metrics`` for one run: ``part``, ``model``,
 ``position``, ``batch_size``, ``chunk_size``, ``name`` and ``value``.

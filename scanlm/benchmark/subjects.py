@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scanlm.baselines import build_model
-from scanlm.benchmarks.static_gpt2 import StaticGPT2
+from scanlm.benchmark.static_gpt2 import StaticGPT2
 from scanlm.decoder import Decoder, captured
 from scanlm.gpt2 import GROWING
 from scanlm.scan import lowest_bit
@@ -286,7 +286,7 @@ class MathGPT2(GPT2):
 
 
 class GraphGPT2(GPT2):
-    """The best GPT-2: see ``scanlm.benchmarks.static_gpt2``."""
+    """The best GPT-2: see ``scanlm.benchmark.static_gpt2``."""
 
     note = "the buffer is as long as the positions measured, so it is captured anew for each"
     static: StaticGPT2 | None = None

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scanlm.benchmarks.checks import check_name, usable_device
-from scanlm.benchmarks.timing import synchronize
+from scanlm.benchmark.checks import check_name, usable_device
+from scanlm.benchmark.timing import synchronize
 from scanlm.curriculum_settings import Stage, StateTrackingSettings, preset_settings
 from scanlm.curriculum_step import EAGER_STEPS, Learner
 from scanlm.errors import ScanLMError

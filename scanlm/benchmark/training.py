@@ -5,7 +5,7 @@ measurements come first:
 
     1. every model at the first sequence length, the best way there is
     2. the first model through the trainer, its input pipeline alone, and where a step's time goes
-    3. other ways of running the models (``scanlm.benchmarks.training_step``), compiled or not
+    3. other ways of running the models (``scanlm.benchmark.training_step``), compiled or not
     4. other chunk sizes of the scan models
     5. the other sequence lengths at the same number of tokens a step
 
@@ -28,13 +28,13 @@ import numpy as np
 import torch
 
 from scanlm.baselines import build_model, load_entry
-from scanlm.benchmarks.checks import check_name, usable_device
-from scanlm.benchmarks.failures import is_out_of_memory
-from scanlm.benchmarks.kernel_times import kernel_milliseconds
-from scanlm.benchmarks.subjects import no_leftovers
-from scanlm.benchmarks.timing import affordable_steps, time_once, time_steps
-from scanlm.benchmarks.training_input import batches_of, time_trainer
-from scanlm.benchmarks.training_step import (
+from scanlm.benchmark.checks import check_name, usable_device
+from scanlm.benchmark.failures import is_out_of_memory
+from scanlm.benchmark.kernel_times import kernel_milliseconds
+from scanlm.benchmark.subjects import no_leftovers
+from scanlm.benchmark.timing import affordable_steps, time_once, time_steps
+from scanlm.benchmark.training_input import batches_of, time_trainer
+from scanlm.benchmark.training_step import (
     DTYPES,
     MODES,
     TrainingStep,

@@ -9,7 +9,7 @@ Four parts, each optional:
 
 What ran is recorded as it comes in a run of the experiment ``inference``: an interrupted run keeps
 what was measured and goes on when started again, a measurement that runs out of memory is recorded
-as such and the next one begins. Metrics carry ``model`` (see ``scanlm.benchmarks.subjects``) and
+as such and the next one begins. Metrics carry ``model`` (see ``scanlm.benchmark.subjects``) and
 ``part``.
 """
 
@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scanlm.benchmarks.checks import check_name, usable_device
-from scanlm.benchmarks.failures import is_out_of_memory
-from scanlm.benchmarks.subjects import SIZES, SUBJECTS, Setting, Subject, no_leftovers
-from scanlm.benchmarks.timing import (
+from scanlm.benchmark.checks import check_name, usable_device
+from scanlm.benchmark.failures import is_out_of_memory
+from scanlm.benchmark.subjects import SIZES, SUBJECTS, Setting, Subject, no_leftovers
+from scanlm.benchmark.timing import (
     affordable_steps,
     measure_bandwidth,
     summarize,
@@ -48,7 +48,7 @@ class InferenceSettings:
 
     Args:
         size: "tiny", "original" (256 wide, T1 2 + T2 2 blocks) or "base" (768 wide, 1 + 12).
-        models: see ``scanlm.benchmarks.subjects``.
+        models: see ``scanlm.benchmark.subjects``.
         device: "cuda", "cpu", ...; ``None``: a GPU if there is one.
         dtype: "float32", "bfloat16" or "float16"; ``None``: bfloat16 on a GPU, else float32.
         chunk_size: of the scan model.

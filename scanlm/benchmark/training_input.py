@@ -15,8 +15,8 @@ import torch
 from transformers import TrainerCallback, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from scanlm.benchmarks.timing import synchronize
-from scanlm.benchmarks.training_step import Work, build, halve_residual
+from scanlm.benchmark.timing import synchronize
+from scanlm.benchmark.training_step import Work, build, halve_residual
 from scanlm.compiling import compile_model
 from scanlm.data import Blocks
 from scanlm.settings import TrainingSettings

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from scanlm.benchmark import inference, timing
 from scanlm.benchmark.inference import InferenceSettings, benchmark_inference
+from scanlm.benchmark.ratios import AIMS, inference_ratios
 from scanlm.benchmark.subjects import SUBJECTS, Setting, Subject
 from scanlm.cli import app
 from scanlm.errors import ScanLMError
@@ -105,6 +106,48 @@ def test_bytes_read_for_a_token(name: str) -> None:
     assert found.weight_bytes == sum(p.nbytes for part in parts for p in part.parameters())
     state = {"scanlm": 2 * 2 * 16 * 64 * 4, "gpt2_dynamic": 2 * 3 * 16 * 64 * 4}
     assert found.read_bytes() == state.get(name, found.state_bytes())
+
+
+@torch.no_grad()
+def test_mamba2_reads_a_prompt_in_pieces() -> None:
+    found = subject("mamba2")
+    lengths: list[int] = []
+    found.model.register_forward_pre_hook(lambda m, args: lengths.append(args[0].shape[1]))
+    found.piece = 6
+    found.prefill(prompt())
+    assert lengths == [6, 6, 1]
+    assert torch.equal(found.token[:, 0], found.model(prompt()).logits[:, -1].argmax(-1))
+
+
+def test_a_prompt_is_timed_as_often_as_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "time_once", lambda function, device: 0.5)
+    counts = [len(timing.time_prefill(lambda: None, s, CPU)) for s in (0.1, 1.1, 60.0)]
+    assert counts == [1, 2, 5]
+
+
+def test_ratios_are_of_the_fastest_gpt2_and_the_slowest_of_its_own() -> None:
+    rows: list[dict[str, Any]] = [{"name": "bandwidth", "value": 1e9}]
+
+    def add(model: str, position: float, **values: float) -> None:
+        at = {"part": "positions", "model": model, "position": position}
+        rows.extend({"name": name, "value": value, **at} for name, value in values.items())
+
+    for position, scan, prompt_seconds in ((1000, 2.0, 0.1), (40_000, 2.5, 0.5), (131_072, 2.0, 1)):
+        read = {"prefill_seconds": prompt_seconds, "read_bytes": 1e6, "state_bytes": 8.0}
+        add("scanlm", position, ms_per_token=scan, **read)
+    for position, fast, slow in ((1000, 4.0, 5.0), (40_000, 20.0, 10.0), (131_072, 40.0, 41.0)):
+        add("gpt2_graph", position, ms_per_token=fast, prefill_seconds=9.0)
+        add("gpt2_tuned", position, ms_per_token=slow, prefill_seconds=7.0)
+    add("gpt2_math", 1000, ms_per_token=0.1)  # handicapped: not the best, whatever it takes
+    add("scanlm_original", 1000, ms_per_token=30.0)
+    add("gla", 1000, ms_per_token=8.0)
+    add("gla", 40_000, ms_per_token=5.0)
+    for batch, rate in ((1, 10.0), (64, 300.0)):
+        row = {"name": "tokens_per_second", "value": rate, "part": "batches", "model": "scanlm"}
+        rows.append({**row, "batch_size": batch})
+    found = inference_ratios(pd.DataFrame(rows))
+    assert list(found) == list(AIMS)
+    assert list(found.values()) == [1.0, 0.5, 0.25, 0.05, 2.5, 15.0, 2.0, 7.0, 1.0, 30.0]
 
 
 def test_combines_of_a_push_are_those_of_the_counter() -> None:

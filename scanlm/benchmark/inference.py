@@ -30,7 +30,7 @@ from scanlm.benchmark.timing import (
     affordable_steps,
     measure_bandwidth,
     summarize,
-    time_once,
+    time_prefill,
     time_steps,
 )
 from scanlm.errors import ScanLMError
@@ -263,14 +263,15 @@ def _steady(settings: InferenceSettings, work: Measurement, subject: Subject) ->
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     subject.prefill(prompt)  # compiles and tunes
-    seconds = time_once(lambda: subject.prefill(prompt), device)
+    prefills = time_prefill(lambda: subject.prefill(prompt), settings.seconds, device)
     state = subject.state_bytes()
     count = affordable_steps(subject.step, settings.steps, settings.seconds, device, subject.period)
     times = time_steps(subject.step, count, device)
     for name, value in summarize(times).items():
         yield name, value, {"n": count}
     yield "tokens_per_second", 1e3 * work.batch_size / float(np.mean(times)), {"n": count}
-    yield "prefill_seconds", seconds, {"n": 1}
+    yield "prefill_seconds", float(np.median(prefills)), {"n": len(prefills)}
+    yield "prefill_seconds_max", max(prefills), {"n": len(prefills)}
     yield "state_bytes", state, {}
     yield "weight_bytes", subject.weight_bytes, {}
     yield "read_bytes", subject.weight_bytes + subject.read_bytes(), {}

@@ -29,6 +29,8 @@ from scanlm.decoder import Decoder, captured
 from scanlm.gpt2 import GROWING
 from scanlm.scan import lowest_bit
 
+PIECE = 1024  # tokens of a prompt that Mamba2 reads at once
+
 
 @dataclass(frozen=True)
 class Size:
@@ -340,7 +342,12 @@ class StaticCacheGPT2(GPT2):
 
 
 class Recurrent(Subject):
-    """GLA, Gated DeltaNet, Mamba2: a state of constant size."""
+    """GLA, Gated DeltaNet, Mamba2: a state of constant size.
+
+    Attributes:
+        piece: tokens of a prompt that are read at once. Mamba2 in plain torch makes tensors of
+            several hundred times the size of its input; the others read all of it.
+    """
 
     def __init__(self, setting: Setting, family: str) -> None:
         super().__init__(setting)
@@ -348,12 +355,16 @@ class Recurrent(Subject):
         tokens = {"bos_token_id": None, "eos_token_id": None}
         self.model = self._build(entry, **fields, **tokens)
         self.cache_name = "cache_params" if family == "mamba2" else "past_key_values"
+        self.piece = PIECE if family == "mamba2" else setting.positions
         self.token = torch.zeros(setting.batch_size, 1, dtype=torch.long, device=setting.device)
 
     def prefill(self, prompt: Tensor) -> None:
         """In parallel, as the family does it; then the step is captured."""
-        out = self.model(prompt, use_cache=True, logits_to_keep=1)
-        cache = getattr(out, self.cache_name)
+        state: dict[str, Any] = {}
+        for piece in prompt.split(self.piece, dim=1):
+            out = self.model(piece, use_cache=True, logits_to_keep=1, **state)
+            state = {self.cache_name: getattr(out, self.cache_name)}
+        cache = state[self.cache_name]
         self.token.copy_(out.logits[:, -1:].argmax(-1))
         self.held: list[Tensor] = []
 

@@ -68,6 +68,15 @@ def time_once(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
+def time_prefill(
+    function: Callable[[], object], seconds: float, device: torch.device
+) -> list[float]:
+    """Seconds of up to five calls, as many as take ``seconds``, but at least one."""
+    times = [time_once(function, device)]
+    more = min(int(seconds / max(times[0], 1e-9)), 5) - 1
+    return times + [time_once(function, device) for _ in range(more)]
+
+
 def summarize(times: Sequence[float]) -> dict[str, float]:
     """Median, mean and 99th percentile of ``ms_per_token``, by metric name."""
     return {

@@ -107,7 +107,7 @@ def test_table_rows_are_documents_and_blank_rows_are_left_out(tmp_path, kind):
     else:
         data = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
         path.write_bytes(COMPRESS[path.suffix if kind != "jsonl" else ""](data))
-    corpus = load_corpus(tmp_path, text_column="body")
+    corpus = load_corpus(f"{tmp_path}#column=body")
     assert corpus.documents
     assert list(corpus.texts("validation")) == ["first\nrow", "zweite ü"]
 
@@ -119,7 +119,7 @@ def test_a_missing_column_offers_the_nearest(tmp_path, kind):
         pq.write_table(pa.table({"texts": ["a"]}), path)
     else:
         path.write_text('{"texts": "a"}\n')
-    with pytest.raises(ScanLMError, match=r"no column 'text'.*Did you mean 'texts'"):
+    with pytest.raises(ScanLMError, match=r"no column 'text', .* 'folder#column=texts'"):
         list(load_corpus(path).texts("train"))
 
 
@@ -280,3 +280,99 @@ def test_without_a_network_the_message_says_what_to_do(monkeypatch):
     with pytest.raises(ScanLMError, match=r"scanlm prepare wikitext-2.*HF_HUB_OFFLINE") as caught:
         list(load_corpus("wikitext-2").texts("test"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A folder of two splits whose rows have three columns of text."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    rows = [{"text": f"t{n}", "content": f" c , {n} ", "my text: a=b#c": f"m{n}"} for n in range(4)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows[:2]), folder / "validation.parquet")
+    return folder
+
+
+def test_the_column_is_part_of_the_name_and_of_the_content(table):
+    default, content = load_corpus(table), load_corpus(f"{table}#column=content")
+    assert (default.name, content.name) == ("mine", "mine#column=content")
+    assert list(content.texts("validation")) == [" c , 0 ", " c , 1 "]
+    for split in default.splits:
+        assert default.fingerprint(split) != content.fingerprint(split)
+    single = load_corpus(f"{table}/train.jsonl#column=content")
+    assert single.name == "train.jsonl#column=content"
+    assert list(single.texts("train")) == list(content.texts("train"))
+
+
+def test_naming_the_default_column_names_the_same_corpus(table):
+    default, named = load_corpus(table), load_corpus(f"{table}#column=text")
+    assert named.name == default.name
+    assert named.fingerprint("train") == default.fingerprint("train")
+
+
+def test_columns_may_have_names_with_spaces_and_signs(table):
+    corpus = load_corpus(f"{table}#column=my text: a=b#c,train=validation")
+    assert list(corpus.texts("train")) == ["m0", "m1"]
+    assert corpus.name == "mine#column=my text: a=b#c,train=validation"
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        "column=content,detokenized,train=validation[50%:],test=train[:50%]",
+        "test=train[:50%] & detokenized & train=validation[50%:] & column=content",
+    ],
+)
+def test_a_column_goes_together_with_the_other_rules_in_any_order(table, rules):
+    corpus = load_corpus(f"{table}#{rules}")
+    expected = "mine#column=content,detokenized,train=validation[50%:],test=train[:50%]"
+    assert corpus.name == expected
+    assert list(corpus.texts("train")) == ["c, 1"]
+    assert list(corpus.texts("test")) == ["c, 0", "c, 1"]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_missing_column_lists_those_there_are_nearest_first(table, split):
+    expected = (
+        f"{split}\\.\\w+(, line 1)?: no column 'contents', there are 'content', 'text', "
+        "'my text: a=b#c'; name the text column in the corpus, for example 'folder#column=content'"
+    )
+    with pytest.raises(ScanLMError, match=expected):
+        list(load_corpus(f"{table}#column=contents").texts(split))
+
+
+def test_of_many_columns_the_nearest_are_listed(tmp_path):
+    row = {f"c{n}": "" for n in range(40)} | {"Text": "a"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ScanLMError, match=r"there are 'Text', 'c0'.* and 21 more;") as caught:
+        list(load_corpus(tmp_path).texts("train"))
+    assert "'c39'" not in str(caught.value)
+
+
+def test_a_row_without_any_column_is_named(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{}\n')
+    with pytest.raises(ScanLMError, match="line 2: no column 'text' nor any other"):
+        list(load_corpus(tmp_path).texts("train"))
+
+
+def test_a_column_of_plain_text_is_refused(tmp_path):
+    folder = write_folder(tmp_path / "mine", train="a\n")
+    for spec in (folder, folder / "train.txt", "embedded", "wikitext-2"):
+        for column in ("content", "text"):
+            message = f"plain text, which has no columns: leave out column={column}"
+            with pytest.raises(ScanLMError, match=message):
+                load_corpus(f"{spec}#column={column},test=train")
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ("column=", "expected one column, for example column=content"),
+        ("column=a,column=b", "expected one column"),
+        ("colum=content", "unknown split 'colum'.*Did you mean 'column'"),
+        ("detokenised", "bad split rule.* other rules are column=NAME and detokenized"),
+    ],
+)
+def test_bad_column_rules_are_refused(table, rules, message):
+    with pytest.raises(ScanLMError, match=message):
+        load_corpus(f"{table}#{rules}")

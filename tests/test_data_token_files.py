@@ -351,3 +351,13 @@ def test_a_copied_cache_is_used_elsewhere(folder, cache, tmp_path, counted):
     shutil.copytree(cache, tmp_path / "copy", copy_function=shutil.copyfile)
     prepare(folder, "bytes", tmp_path / "copy")
     assert counted == ["train", "test"]
+
+
+def test_each_column_of_a_table_has_token_files_of_its_own(tmp_path, cache):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "first", "content": "second"}))
+    text, content = (prepare(f"{path}{rule}", "bytes", cache) for rule in ("", "#column=content"))
+    assert (text.name, content.name) == ("rows.jsonl", "rows.jsonl#column=content")
+    assert bytes(content["train"].tokens[:-1].astype(np.uint8)) == b"second"
+    assert text["train"].path.parent != content["train"].path.parent
+    assert prepare(f"{path}#column=text", "bytes", cache)["train"].path == text["train"].path

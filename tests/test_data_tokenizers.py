@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 from scanlm.data import load_corpus, load_tokenizer, tokenizer_hash
-from scanlm.data.tokenizers import check_byte_level, safe_pieces
+from scanlm.data.tokenizers import check_byte_level, safe_pieces, vocabulary_size
 from scanlm.errors import ScanLMError
 
 REAL_DATA = Path(os.environ.get("SCANLM_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -112,6 +112,35 @@ def test_bpe_has_the_size_asked_for_and_is_trained_once(bpe, cache, monkeypatch)
     assert tokenizer_hash(again) == tokenizer_hash(bpe)
 
 
+@pytest.mark.parametrize("spec", ["bytes", "bpe:700", "folder"])
+def test_the_size_is_known_without_a_corpus(bpe, cache, tmp_path, spec):
+    if spec == "folder":
+        bpe.save_pretrained(spec := tmp_path)
+    size, exact = vocabulary_size(spec)
+    assert size == len(load_tokenizer(spec, load_corpus("embedded"), cache))
+    assert exact is (spec != "bpe:700")
+
+
+def test_the_size_of_gpt2_needs_no_network(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    assert vocabulary_size("gpt2") == vocabulary_size("openai-community/gpt2") == (50257, True)
+    if (REAL_DATA / "gpt2").is_dir():
+        assert vocabulary_size(REAL_DATA / "gpt2") == (50257, True)
+
+
+def test_a_short_text_does_not_fill_bpe(tmp_path):
+    (tmp_path / "train.txt").write_text("abab " * 9)
+    tokenizer = load_tokenizer("bpe:300", load_corpus(tmp_path), tmp_path / "cache")
+    assert len(tokenizer) < vocabulary_size("bpe:300")[0]
+
+
+def test_the_size_of_a_folder_follows_its_files(bpe, tmp_path):
+    bpe.save_pretrained(tmp_path)
+    assert vocabulary_size(tmp_path) == (700, True)
+    load_tokenizer("bytes").save_pretrained(tmp_path)
+    assert vocabulary_size(str(tmp_path)) == (257, True)
+
+
 def test_bpe_follows_the_corpus(tmp_path):
     hashes = set()
     for name, text in (("a", "abab abab " * 9), ("b", "baba baba " * 9)):
@@ -177,6 +206,9 @@ def test_gpt2_is_kept_in_the_cache_for_machines_without_network(bpe, tmp_path, m
 def test_bad_specs_are_refused(spec, message, tmp_path):
     with pytest.raises(ScanLMError, match=message):
         load_tokenizer(spec, cache_dir=tmp_path)
+    if "corpus" not in message:
+        with pytest.raises(ScanLMError, match=message):
+            vocabulary_size(spec)
 
 
 def test_bpe_needs_a_train_split(tmp_path):

@@ -23,6 +23,8 @@ SPLITS = ("train", "validation", "test")
 HUB_DATASET = "Salesforce/wikitext"
 HUB_CONFIGS = {"wikitext-2": "wikitext-2-raw-v1", "wikitext-103": "wikitext-103-raw-v1"}
 NAMES = ("embedded", *HUB_CONFIGS)
+COLUMN = "column="  # the rule that names the text column of tables
+DEFAULT_COLUMN = "text"
 _FORMATS = {".txt": "text", ".parquet": "table", ".jsonl": "table"}
 
 
@@ -159,17 +161,30 @@ class HubCorpus(Corpus):
 
 
 class FileCorpus(Corpus):
-    """Local files per split: text, continuous, or a column of parquet/jsonl tables, documents."""
+    """Local files per split: text, continuous, or a column of parquet/jsonl tables, documents.
 
-    def __init__(self, name: str, files: dict[str, list[Path]], text_column: str) -> None:
+    Args:
+        name: without rules; a column other than the default becomes part of it.
+        files: per split.
+        column: the column of tables that holds the text, one document a row.
+
+    Raises:
+        ScanLMError: text files and tables, mixed.
+    """
+
+    def __init__(
+        self, name: str, files: dict[str, list[Path]], column: str = DEFAULT_COLUMN
+    ) -> None:
         kinds = {_FORMATS[suffixes(path)[0]] for paths in files.values() for path in paths}
         if len(kinds) > 1:
             raise ScanLMError(f"corpus {name!r} mixes text files and tables; keep one of them")
-        self.name = name
         self.files = files
         self.splits = tuple(split for split in SPLITS if split in files)
         self.documents = kinds == {"table"}
-        self.text_column = text_column
+        self.column = column
+        # The default has no rule: one corpus has one name.
+        plain = not self.documents or column == DEFAULT_COLUMN
+        self.name = name if plain else with_rule(name, COLUMN + column)
 
     def pieces(self, split: str) -> Iterator[Piece]:
         """The split's files one after the other, nothing put between them."""
@@ -178,7 +193,7 @@ class FileCorpus(Corpus):
         before = 0
         for path in paths:
             size = path.stat().st_size
-            rows = read_rows(path, self.text_column) if self.documents else read_text(path)
+            rows = read_rows(path, self.column) if self.documents else read_text(path)
             for text, done in rows:
                 yield text, (before + done * size) / total
             before += size
@@ -187,7 +202,7 @@ class FileCorpus(Corpus):
         """A hash of the files' bytes, their formats and the column read."""
         self.require(split)
         files = [[*suffixes(path), file_fingerprint(path, cache_dir)] for path in self.files[split]]
-        return digest([files, self.text_column if self.documents else None])
+        return digest([files, self.column if self.documents else None])
 
 
 def experiment_name(corpus: str) -> str:
@@ -196,7 +211,12 @@ def experiment_name(corpus: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "corpus"
 
 
-def load_corpus(name_or_path: str | Path, text_column: str = "text") -> Corpus:
+def with_rule(name: str, rule: str) -> str:
+    """The name of a corpus that has one rule more."""
+    return f"{name}{',' if '#' in name else '#'}{rule}"
+
+
+def load_corpus(name_or_path: str | Path) -> Corpus:
     """A corpus by name or path; nothing large is read yet.
 
     Args:
@@ -210,26 +230,41 @@ def load_corpus(name_or_path: str | Path, text_column: str = "text") -> Corpus:
             - a folder with ``<split>.parquet``/``<split>-*.parquet`` or .jsonl (also compressed);
             - a single file of these kinds: its split is the one its name starts with, else train.
 
-            ``#`` adds rules, separated by commas: ``#detokenized`` undoes WikiText's tokenisation
-            (see `detokenize`); others build splits out of slices of others, for example
+            ``#`` adds rules in any order, separated by commas or ``&``: ``#column=content`` names
+            the column of a table that holds the text, one document a row, unless it is ``text``;
+            ``#detokenized`` undoes WikiText's tokenisation (see `detokenize`); others build splits
+            out of slices of others, for example
             ``folder#train=validation[:90%],validation=validation[90%:]`` (see `slices`).
-        text_column: the column of a table that holds the text, one document a row.
 
     Raises:
-        ScanLMError: unknown name, no usable file, two files for one shard, a bad slice.
+        ScanLMError: unknown name, no usable file, two files for one shard, a bad slice, a column of
+            plain text. That a table has no such column is noticed when it is read.
     """
     from scanlm.data.detokenize import RULE, DetokenizedCorpus
     from scanlm.data.slices import resplit
 
     spec = str(name_or_path)
-    if "#" in spec and not Path(spec).exists():
-        base, _, text = spec.partition("#")
-        corpus = load_corpus(base, text_column)
-        rules = [rule.strip() for rule in re.split("[,&]", text)]
-        if RULE in rules:
-            corpus = DetokenizedCorpus(corpus)
-            rules.remove(RULE)
-        return resplit(corpus, ",".join(rules)) if rules else corpus
+    if "#" not in spec or Path(spec).exists():
+        return _without_rules(spec, DEFAULT_COLUMN)
+    base, _, text = spec.partition("#")
+    rules = [rule.strip() for rule in re.split("[,&]", text)]
+    columns = [rule.removeprefix(COLUMN) for rule in rules if rule.startswith(COLUMN)]
+    if len(columns) > 1 or "" in columns:
+        raise ScanLMError(f"corpus {spec!r}: expected one column, for example {COLUMN}content")
+    corpus = _without_rules(base, *(columns or [DEFAULT_COLUMN]))
+    if columns and not corpus.documents:
+        raise ScanLMError(
+            f"corpus {base!r} is plain text, which has no columns: leave out {COLUMN}{columns[0]}"
+        )
+    rules = [rule for rule in rules if not rule.startswith(COLUMN)]
+    if RULE in rules:
+        corpus = DetokenizedCorpus(corpus)
+        rules.remove(RULE)
+    return resplit(corpus, ",".join(rules)) if rules else corpus
+
+
+def _without_rules(spec: str, column: str) -> Corpus:
+    """The corpus that a spec names before its rules; the column matters to tables alone."""
     aliases = {config: name for name, config in HUB_CONFIGS.items()}
     if spec in HUB_CONFIGS or spec in aliases:
         return HubCorpus(aliases.get(spec, spec))
@@ -237,14 +272,14 @@ def load_corpus(name_or_path: str | Path, text_column: str = "text") -> Corpus:
         return EmbeddedCorpus()
     path = Path(spec).expanduser()
     if path.is_dir():
-        return FileCorpus(path.resolve().name, _folder_files(path), text_column)
+        return FileCorpus(path.resolve().name, _folder_files(path), column)
     if path.is_file():
         if suffixes(path)[0] not in _FORMATS:
             raise ScanLMError(
                 f"corpus file {spec!r}: expected .txt, .parquet or .jsonl (text also as "
                 ".gz, .xz, .zst)"
             )
-        return FileCorpus(path.name, {_split_of(path) or "train": [path]}, text_column)
+        return FileCorpus(path.name, {_split_of(path) or "train": [path]}, column)
     raise ScanLMError(
         f"unknown corpus {spec!r}: neither a name nor an existing folder or file."
         f"{nearest(spec, NAMES)}"

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from scanlm.data.corpora import Corpus
+from scanlm.data.corpora import Corpus, with_rule
 from scanlm.data.files import Piece, digest, split_lines
 
 RULE = "detokenized"
@@ -65,8 +65,8 @@ class DetokenizedCorpus(Corpus):
 
     def __init__(self, base: Corpus) -> None:
         self.base, self.splits, self.documents = base, base.splits, base.documents
-        self.name = f"{base.name}#{RULE}"
-        self.offline_key = base.offline_key and f"{base.offline_key}#{RULE}"
+        self.name = with_rule(base.name, RULE)
+        self.offline_key = base.offline_key and with_rule(base.offline_key, RULE)
 
     def pieces(self, split: str) -> Iterator[Piece]:
         """The base's lines or documents."""

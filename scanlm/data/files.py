@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import difflib
 import gzip
 import hashlib
 import json
@@ -16,10 +17,11 @@ from typing import IO, Any
 
 import zstandard
 
-from scanlm.errors import ScanLMError, nearest
+from scanlm.errors import ScanLMError
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
 CHUNK_BYTES = 1 << 18
+LISTED_COLUMNS = 20  # in an error message: a table may have hundreds
 # A text and how much of its file, by bytes on disk, had been read when it came out (0 to 1).
 Piece = tuple[str, float]
 
@@ -64,7 +66,7 @@ def read_rows(path: Path, column: str) -> Iterator[Piece]:
         if value is not None and not isinstance(value, str):
             raise ScanLMError(
                 f"{path}, row {number}: column {column!r} holds {type(value).__name__}, expected "
-                "text; name the text column with text_column"
+                "text; name the text column in the corpus: 'folder#column=NAME'"
             )
         if value and not value.isspace():
             yield value, done
@@ -144,7 +146,7 @@ def _jsonl(path: Path, column: str) -> Iterator[tuple[Any, float]]:
         if not isinstance(row, dict):
             raise ScanLMError(f"{path}, line {number}: expected a JSON object a line")
         if column not in row:
-            raise _no_column(path, column, list(row))
+            raise _no_column(f"{path}, line {number}", column, list(row))
         yield row[column], done
 
 
@@ -155,7 +157,7 @@ def _parquet_rows(path: Path, column: str) -> Iterator[tuple[Any, float]]:
     try:
         with pq.ParquetFile(path) as table:
             if column not in table.schema_arrow.names:
-                raise _no_column(path, column, table.schema_arrow.names)
+                raise _no_column(str(path), column, table.schema_arrow.names)
             total = max(table.metadata.num_rows, 1)
             seen = 0
             for batch in table.iter_batches(batch_size=256, columns=[column]):
@@ -166,10 +168,19 @@ def _parquet_rows(path: Path, column: str) -> Iterator[tuple[Any, float]]:
         raise _unreadable(path, error) from error
 
 
-def _no_column(path: Path, column: str, names: list[str]) -> ScanLMError:
+def _no_column(where: str, column: str, names: list[str]) -> ScanLMError:
+    if not names:
+        return ScanLMError(f"{where}: no column {column!r} nor any other; every row needs a text")
+
+    def likeness(name: str) -> float:
+        return difflib.SequenceMatcher(None, column.lower(), name.lower()).ratio()
+
+    names = sorted(names, key=likeness, reverse=True)
+    listed = ", ".join(repr(name) for name in names[:LISTED_COLUMNS])
+    more = f" and {len(names) - LISTED_COLUMNS} more" if len(names) > LISTED_COLUMNS else ""
     return ScanLMError(
-        f"{path} has no column {column!r}; name the text column with text_column."
-        f"{nearest(column, names)}"
+        f"{where}: no column {column!r}, there are {listed}{more}; name the text column in the "
+        f"corpus, for example 'folder#column={names[0]}'"
     )
 
 

@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from scanlm.data.corpora import SPLITS, Corpus
+from scanlm.data.corpora import COLUMN, SPLITS, Corpus, with_rule
+from scanlm.data.detokenize import RULE
 from scanlm.data.files import Piece, digest, split_lines
 from scanlm.errors import ScanLMError, nearest
 
@@ -29,10 +30,9 @@ class SlicedCorpus(Corpus):
         self.slices = {split: (split, 0.0, 100.0) for split in base.splits} | slices
         self.splits = tuple(split for split in SPLITS if split in self.slices)
         self.documents = base.documents
-        rules = (f"{split}={_spell(*slices[split])}" for split in SPLITS if split in slices)
-        suffix = ("," if "#" in base.name else "#") + ",".join(rules)
-        self.name = base.name + suffix
-        self.offline_key = base.offline_key and base.offline_key + suffix
+        rules = ",".join(f"{split}={_spell(*slices[split])}" for split in SPLITS if split in slices)
+        self.name = with_rule(base.name, rules)
+        self.offline_key = base.offline_key and with_rule(base.offline_key, rules)
         self._length: dict[str, int] = {}
 
     def pieces(self, split: str) -> Iterator[Piece]:
@@ -75,12 +75,14 @@ def resplit(base: Corpus, rules: str) -> SlicedCorpus:
         if match is None:
             raise ScanLMError(
                 f"bad split rule {rule!r}: expected SPLIT=SPLIT[LOW%:HIGH%], for example "
-                "train=validation[:90%],validation=validation[90%:]"
+                "train=validation[:90%],validation=validation[90%:]; the other rules are "
+                f"{COLUMN}NAME and {RULE}"
             )
         split, source = match.group(1, 2)
         low, high = float(match.group(3) or 0), float(match.group(4) or 100)
         if split not in SPLITS:
-            raise ScanLMError(f"unknown split {split!r} in rule {rule!r}.{nearest(split, SPLITS)}")
+            known = [*SPLITS, COLUMN.removesuffix("=")]
+            raise ScanLMError(f"unknown split {split!r} in rule {rule!r}.{nearest(split, known)}")
         base.require(source)
         if split in slices:
             raise ScanLMError(f"split {split!r} is defined twice in {rules!r}; keep one rule")

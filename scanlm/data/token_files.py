@@ -126,7 +126,6 @@ def prepare(
     tokenizer: PreTrainedTokenizerFast | str | Path | None = None,
     cache_dir: str | Path = "data/cache",
     splits: Iterable[str] | None = None,
-    text_column: str = "text",
 ) -> TokenizedCorpus:
     """The corpus as token files, made now or, when they are there and unchanged, only opened.
 
@@ -139,7 +138,6 @@ def prepare(
         tokenizer: a tokenizer or what `load_tokenizer` takes; default `default_tokenizer`.
         cache_dir: where the token files are; made if missing.
         splits: the splits wanted; default all of the corpus.
-        text_column: for `load_corpus`.
 
     Raises:
         ScanLMError: a missing, empty or blank split, text that is not UTF-8, an unknown corpus or
@@ -147,7 +145,7 @@ def prepare(
     """
     cache = Path(cache_dir)
     if not isinstance(corpus, Corpus):
-        corpus = load_corpus(corpus, text_column)
+        corpus = load_corpus(corpus)
     wanted = tuple(dict.fromkeys(splits)) if splits is not None else corpus.splits
     for split in wanted:
         corpus.require(split)

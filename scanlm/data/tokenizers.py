@@ -8,19 +8,23 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from scanlm.data.corpora import Corpus
 from scanlm.data.files import Piece, digest
+from scanlm.data.fingerprints import file_stamp
 from scanlm.errors import ScanLMError, nearest
 
 END_OF_TEXT = "<|endoftext|>"
 HUB_NAMES = {"gpt2": "openai-community/gpt2", "openai-community/gpt2": "openai-community/gpt2"}
 NUM_BYTES = 256
+GPT2_VOCABULARY = 50257
+_BPE = re.compile(r"bpe:(\d+)")
 
 
 def load_tokenizer(
@@ -46,14 +50,40 @@ def load_tokenizer(
         return _wrap(_byte_tokenizer())
     if spec in HUB_NAMES:
         return _from_hub(HUB_NAMES[spec], cache / "gpt2")
-    if match := re.fullmatch(r"bpe:(\d+)", spec):
+    if match := _BPE.fullmatch(spec):
         return _trained(int(match.group(1)), corpus, Path(cache_dir))
     if Path(spec).expanduser().is_dir():
         return _from_folder(Path(spec).expanduser())
-    raise ScanLMError(
-        f"unknown tokenizer {spec!r}: expected gpt2, bytes, bpe:<size> or a tokenizer folder."
-        f"{nearest(spec, ('gpt2', 'bytes', 'bpe:<size>'))}"
-    )
+    _unknown(spec)
+
+
+def vocabulary_size(spec: str | Path) -> tuple[int, bool]:
+    """How many entries the tokenizer of `load_tokenizer` has, without a corpus or a download.
+
+    Args:
+        spec: as for `load_tokenizer`.
+
+    Returns:
+        The size, and whether it is exact: of ``bpe:<size>`` it is the largest possible, which a
+        short text does not reach.
+
+    Raises:
+        ScanLMError: as `load_tokenizer`.
+    """
+    spec = str(spec)
+    if spec == "bytes":
+        return NUM_BYTES + 1, True
+    if spec in HUB_NAMES:
+        return GPT2_VOCABULARY, True
+    if match := _BPE.fullmatch(spec):
+        return _check_size(int(match.group(1))), False
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        # a sweep asks once a run, and GPT-2's takes half a second to load
+        files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+        stamps = tuple((path.name, *file_stamp(path).values()) for path in files)
+        return _folder_size(folder.resolve(), stamps), True
+    _unknown(spec)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -118,6 +148,18 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         if not folder.is_dir():
             raise
+
+
+def _unknown(spec: str) -> NoReturn:
+    raise ScanLMError(
+        f"unknown tokenizer {spec!r}: expected gpt2, bytes, bpe:<size> or a tokenizer folder."
+        f"{nearest(spec, ('gpt2', 'bytes', 'bpe:<size>'))}"
+    )
+
+
+@cache
+def _folder_size(folder: Path, stamps: tuple[Any, ...]) -> int:
+    return len(_from_folder(folder))
 
 
 def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
@@ -239,12 +281,18 @@ def check_byte_level(tokenizer: Any, name: str) -> None:
         )
 
 
-def _trained(size: int, corpus: Corpus | None, cache_dir: Path) -> PreTrainedTokenizerFast:
+def _check_size(size: int) -> int:
+    """The size of a ``bpe:<size>``, if all bytes and the end of text fit into it."""
     if size < NUM_BYTES + 1:
         raise ScanLMError(
             f"tokenizer bpe:{size}: expected at least {NUM_BYTES + 1} entries, the bytes and the "
             "end of text"
         )
+    return size
+
+
+def _trained(size: int, corpus: Corpus | None, cache_dir: Path) -> PreTrainedTokenizerFast:
+    _check_size(size)
     if corpus is None:
         raise ScanLMError(f"tokenizer bpe:{size} is trained on a corpus; give one")
     corpus.require("train")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from scanlm.errors import ScanLMError
 from scanlm.scan import OnlineScan
 
 Aggregate = Callable[[Tensor, Tensor], Tensor]
-FILE_FORMAT = "scanlm-cache-1"
+FILE_FORMAT, RAGGED_FORMAT = "scanlm-cache-1", "scanlm-ragged-cache-1"
 
 
 @dataclass
@@ -173,50 +173,15 @@ class ScanCache:
         Raises:
             ScanLMError: nothing was seen yet, or the file cannot be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         batch = self.batch_size
         if batch is None:
             raise ScanLMError("an empty cache has nothing to save: run the model on a prompt first")
-        tensors = {f"root.{i}": t for i, t in enumerate(self.counter.states)}
-        # the first fold is the first root
-        tensors |= {f"fold.{i}": t for i, t in enumerate(self.counter.folds) if i > 0}
-        for i, kv in enumerate(self.window):
-            if kv.key is not None and kv.value is not None:
-                tensors |= {f"key.{i}": kv.key, f"value.{i}": kv.value}
-        if self.chunk is not None:
-            tensors["chunk"] = self.chunk
-        model = _model_of(self.counter.combine)
         about = {
-            "format": FILE_FORMAT,
-            "model": fingerprint(model),
-            "dtype": str(_dtype(model)),
             "batch_size": str(batch),
             "length": str(self.length),
             "num_chunks": str(self.counter.num_chunks),
         }
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            # contiguous copies: views of one buffer cannot be stored
-            save_file(
-                {
-                    n: t.detach().clone(memory_format=torch.contiguous_format)
-                    for n, t in tensors.items()
-                },
-                temporary,
-                metadata=about,
-            )
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            raise ScanLMError(
-                f"cannot write the cache to {path}: {error}; choose a folder that exists and can "
-                "be written to"
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
+        return _write(path, FILE_FORMAT, self.counter.combine, self._named(), about)
 
     @classmethod
     def load(cls, path: str | Path, model: Any, batch_size: int | None = None) -> ScanCache:
@@ -231,42 +196,27 @@ class ScanCache:
             ScanLMError: no such file, not a saved cache, or the state of another model, dtype or
                 batch size.
         """
-        from safetensors import SafetensorError, safe_open
+        tensors, about = _read(path, FILE_FORMAT, model, batch_size)
+        return cls._of(model, tensors, int(about["length"]), int(about["num_chunks"]))
 
-        if not Path(path).is_file():
-            raise ScanLMError(f"no saved cache at {path}: no such file")
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                if about.get("format") != FILE_FORMAT:
-                    raise ScanLMError(
-                        f"{path} is no saved ScanCache (format {about.get('format')!r}, expected "
-                        f"{FILE_FORMAT!r}): write one with cache.save"
-                    )
-                device = next(model.parameters()).device
-                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ScanLMError(f"{path} is no safetensors file, or is damaged: {error}") from error
-        if about["dtype"] != str(_dtype(model)):
-            raise ScanLMError(
-                f"the cache in {path} is of a model in {about['dtype']}, this one is in "
-                f"{_dtype(model)}: convert the model with model.to(...)"
-            )
-        if about["model"] != fingerprint(model):
-            raise ScanLMError(
-                f"the cache in {path} is of another model or of other weights: load the model "
-                "that made it, or run the prompt again"
-            )
-        if batch_size is not None and int(about["batch_size"]) != batch_size:
-            raise ScanLMError(
-                f"the cache in {path} holds {about['batch_size']} sequences, expected "
-                f"{batch_size}: continue with the same batch"
-            )
+    def _named(self) -> dict[str, Tensor]:
+        """The state's tensors by their names in a file."""
+        tensors = {f"root.{i}": t for i, t in enumerate(self.counter.states)}
+        # the first fold is the first root
+        tensors |= {f"fold.{i}": t for i, t in enumerate(self.counter.folds) if i > 0}
+        for i, kv in enumerate(self.window):
+            if kv.key is not None and kv.value is not None:
+                tensors |= {f"key.{i}": kv.key, f"value.{i}": kv.value}
+        return tensors if self.chunk is None else tensors | {"chunk": self.chunk}
+
+    @classmethod
+    def _of(cls, model: Any, tensors: dict[str, Tensor], length: int, num_chunks: int) -> ScanCache:
+        """The state that consists of what ``_named`` gives."""
         cache = cls(model.aggregate, model.config.t2_layers)
-        cache.length = int(about["length"])
+        cache.length = length
         roots = [tensors[f"root.{i}"] for i in range(sum(n.startswith("root.") for n in tensors))]
         folds = [*roots[:1], *(tensors[f"fold.{i}"] for i in range(1, len(roots)))]
-        cache.counter.restore(int(about["num_chunks"]), roots, folds)
+        cache.counter.restore(num_chunks, roots, folds)
         cache.chunk = tensors.get("chunk")
         if "key.0" in tensors:
             layers = range(cache.num_blocks)
@@ -297,6 +247,93 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
+def _write(
+    path: str | Path,
+    file_format: str,
+    aggregate: Aggregate,
+    tensors: dict[str, Tensor],
+    about: dict[str, str],
+) -> Path:
+    """Write a state as ``ScanCache.save`` says, with the facts that ``_read`` checks."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    model = _model_of(aggregate)
+    about |= {
+        "format": file_format,
+        "model": fingerprint(model),
+        "dtype": str(_dtype(model)),
+    }
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        # contiguous copies: views of one buffer cannot be stored
+        save_file(
+            {
+                n: t.detach().clone(memory_format=torch.contiguous_format)
+                for n, t in tensors.items()
+            },
+            temporary,
+            metadata=about,
+        )
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise ScanLMError(
+            f"cannot write the cache to {path}: {error}; choose a folder that exists and can "
+            "be written to"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _read(
+    path: str | Path, file_format: str, model: Any, batch_size: int | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, on the model's device, and facts of a state that this model made."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise ScanLMError(f"no saved cache at {path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            _check_format(path, about.get("format"), file_format)
+            device = next(model.parameters()).device
+            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ScanLMError(f"{path} is no safetensors file, or is damaged: {error}") from error
+    if about["dtype"] != str(_dtype(model)):
+        raise ScanLMError(
+            f"the cache in {path} is of a model in {about['dtype']}, this one is in "
+            f"{_dtype(model)}: convert the model with model.to(...)"
+        )
+    if about["model"] != fingerprint(model):
+        raise ScanLMError(
+            f"the cache in {path} is of another model or of other weights: load the model "
+            "that made it, or run the prompt again"
+        )
+    if batch_size is not None and int(about["batch_size"]) != batch_size:
+        raise ScanLMError(
+            f"the cache in {path} holds {about['batch_size']} sequences, expected "
+            f"{batch_size}: continue with the same batch"
+        )
+    return tensors, about
+
+
+def _check_format(path: str | Path, found: str | None, expected: str) -> None:
+    classes = {FILE_FORMAT: "ScanCache", RAGGED_FORMAT: "RaggedScanCache"}
+    if found == expected:
+        return
+    advice = "write one with cache.save"
+    if found in classes:
+        advice = f"load it with {classes[found]}.load"
+    raise ScanLMError(
+        f"{path} is no saved {classes[expected]} (format {found!r}, expected {expected!r}): "
+        f"{advice}"
+    )
+
+
 class RaggedScanCache:
     """State of a batch of sequences of different lengths (left padding): one cache a length.
 
@@ -304,15 +341,27 @@ class RaggedScanCache:
     different steps. Rows of one length share a ``ScanCache``.
 
     Args:
-        parts: ``(rows, cache)`` pairs; ``rows`` are the row numbers ``(k,)`` in the batch.
+        parts: ``(rows, cache)`` pairs; ``rows`` are the row numbers ``(k,)`` in the batch, or the
+            slice of all rows.
         columns: input columns seen, padding included.
     """
 
     is_compileable = False
 
-    def __init__(self, parts: list[tuple[Tensor, ScanCache]], columns: int) -> None:
-        self.parts = parts
+    def __init__(self, parts: Sequence[tuple[Tensor | slice, ScanCache]], columns: int) -> None:
+        self.parts = list(parts)
         self.columns = columns
+
+    def reset(self) -> None:
+        """Forget everything seen, also which rows were padded; any number of rows may follow.
+
+        They all begin in the next input's first column, whatever its mask says: begin a batch with
+        padding without a cache.
+        """
+        cache = self.parts[0][1]
+        cache.reset()
+        # a slice, since how many rows there will be is not known
+        self.parts, self.columns = [(slice(None), cache)], 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Input columns seen, padding included."""
@@ -323,8 +372,21 @@ class RaggedScanCache:
         """Memory of the state in bytes."""
         return sum(cache.num_bytes for _, cache in self.parts)
 
+    @property
+    def batch_size(self) -> int | None:
+        """Sequences held; ``None`` before the first token."""
+        held = [cache.batch_size for _, cache in self.parts]
+        return None if None in held else sum(n for n in held if n is not None)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor held by ``function`` of it."""
+        for i, (rows, cache) in enumerate(self.parts):
+            cache.map(function)
+            if isinstance(rows, Tensor):  # row numbers follow the states to another device
+                self.parts[i] = rows.to(cache.tensors[0].device), cache
+
     def fork(self) -> RaggedScanCache:
-        """An independent copy."""
+        """An independent copy, e.g. of the prompts' state, to continue in several ways."""
         return RaggedScanCache([(r, cache.fork()) for r, cache in self.parts], self.columns)
 
     def check_batch(self, batch: int) -> None:
@@ -333,8 +395,8 @@ class RaggedScanCache:
         Raises:
             ScanLMError: the batch is not the one that the cache holds.
         """
-        held = sum(len(rows) for rows, _ in self.parts)
-        if held != batch:
+        held = self.batch_size
+        if held is not None and held != batch:
             raise ScanLMError(
                 f"past_key_values holds {held} sequences, the input has {batch}: continue with "
                 "the same batch"
@@ -347,6 +409,9 @@ class RaggedScanCache:
             ScanLMError: a row would be replaced by one of another length.
         """
         for rows, cache in self.parts:
+            if isinstance(rows, slice):
+                cache.reorder_cache(beam_idx)
+                continue
             place = torch.full((len(beam_idx),), -1, device=rows.device)
             place[rows] = torch.arange(len(rows), device=rows.device)
             local = place[beam_idx.to(rows.device)[rows]]
@@ -356,3 +421,48 @@ class RaggedScanCache:
                     "one at a time"
                 )
             cache.reorder_cache(local)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the state to one safetensors file, replacing it as a whole.
+
+        Returns:
+            The path.
+
+        Raises:
+            ScanLMError: nothing was seen yet, or the file cannot be written.
+        """
+        batch = self.batch_size
+        if batch is None:
+            raise ScanLMError("an empty cache has nothing to save: run the model on a prompt first")
+        tensors: dict[str, Tensor] = {}
+        for i, (rows, cache) in enumerate(self.parts):
+            tensors |= {f"{i}.{name}": t for name, t in cache._named().items()}
+            tensors[f"{i}.rows"] = torch.arange(batch) if isinstance(rows, slice) else rows
+        caches = [cache for _, cache in self.parts]
+        about = {
+            "batch_size": str(batch),
+            "columns": str(self.columns),
+            "lengths": json.dumps([cache.length for cache in caches]),
+            "num_chunks": json.dumps([cache.counter.num_chunks for cache in caches]),
+        }
+        return _write(path, RAGGED_FORMAT, caches[0].counter.combine, tensors, about)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any, batch_size: int | None = None) -> RaggedScanCache:
+        """Read what ``save`` wrote.
+
+        Args:
+            path: the file.
+            model: the ``ScanLMForCausalLM`` that made the state; the same weights loaded again do.
+            batch_size: the number of sequences that will be continued, to refuse others here.
+
+        Raises:
+            ScanLMError: as ``ScanCache.load``, whose files are refused too.
+        """
+        tensors, about = _read(path, RAGGED_FORMAT, model, batch_size)
+        parts = []
+        facts = zip(json.loads(about["lengths"]), json.loads(about["num_chunks"]), strict=True)
+        for i, (length, num_chunks) in enumerate(facts):
+            own = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{i}.")}
+            parts.append((own.pop("rows"), ScanCache._of(model, own, length, num_chunks)))
+        return cls(parts, int(about["columns"]))

@@ -23,6 +23,7 @@ from torch import Tensor
 from scanlm.cache import KeyValues, RaggedScanCache, ScanCache
 from scanlm.decode_step import Buffers, Rows, TorchStep
 from scanlm.errors import ScanLMError
+from scanlm.generation import check_tokens
 from scanlm.sampling import Sampling
 from scanlm.scan import OnlineScan
 
@@ -314,10 +315,17 @@ def stream(
     """See ``ScanLMForCausalLM.stream``; everything is checked before anything is computed."""
     sampling = Sampling(temperature, top_k, top_p)
     model._check_input(input_ids, past_key_values)
+    check_tokens(input_ids, model.config.vocab_size)  # the former looks at them on the CPU only
     if model.training:
         raise ScanLMError("the model is in training mode: call model.eval() before streaming")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ScanLMError(f"max_new_tokens={max_new_tokens}: expected an integer >= 1, or None")
+    padded = model._left_padded_lengths(input_ids, attention_mask) is not None
+    if padded and isinstance(past_key_values, ScanCache) and past_key_values.length == 0:
+        raise ScanLMError(
+            "past_key_values is an empty ScanCache, whose rows have one length, and attention_mask "
+            "pads some: leave past_key_values out"
+        )
     seen = 0 if past_key_values is None else past_key_values.get_seq_length()
     length = seen + input_ids.shape[1]
     model._check_length(length + (max_new_tokens or 1))

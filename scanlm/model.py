@@ -32,7 +32,7 @@ from transformers.utils.generic import can_return_tuple
 from scanlm.cache import RaggedScanCache, ScanCache
 from scanlm.config import ScanLMConfig
 from scanlm.errors import ScanLMError
-from scanlm.generation import StateGenerationMixin
+from scanlm.generation import StateGenerationMixin, check_tokens
 from scanlm.gpt2 import PrefixEmbedding, Stack, init_weights
 from scanlm.loss import IGNORE, linear_cross_entropy
 from scanlm.scan import lowest_bit, scan_tree, sequential_scan
@@ -330,8 +330,9 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
             A generator of tokens ``(b,)`` on the model's device.
 
         Raises:
-            ScanLMError: as ``forward``; more tokens than positions; a model in training mode; a
-                sampling parameter out of range. All of it before anything is generated.
+            ScanLMError: as ``forward``, a token outside the vocabulary on any device; more tokens
+                than positions; a model in training mode; a sampling parameter out of range. All of
+                it before anything is generated.
         """
         from scanlm.decoder import stream
 
@@ -379,8 +380,9 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
             kwargs: ``num_items_in_batch`` divides the summed loss (gradient accumulation).
 
         Raises:
-            ScanLMError: empty input, a token outside the vocabulary, a sequence beyond
-                ``n_positions``, a mask with holes or a cache that does not fit.
+            ScanLMError: empty input, a token outside the vocabulary (on a GPU, where looking at
+                tokens would make every step wait, only ``generate`` and ``stream`` check), a
+                sequence beyond ``n_positions``, a mask with holes or a cache that does not fit.
         """
         cache = past_key_values
         self._check_input(input_ids, cache)
@@ -425,15 +427,10 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
             )
         past = 0 if cache is None else cache.get_seq_length()
         self._check_length(past + input_ids.shape[1])
-        # on a GPU the check would stall every training and decoding step
+        # On a GPU the check would stall every training and decoding step: generate() and stream()
+        # check their prompts once.
         if input_ids.is_cpu and not torch.compiler.is_compiling():
-            low, high = input_ids.aminmax()
-            if low < 0 or high >= self.config.vocab_size:
-                wrong = int(low) if low < 0 else int(high)
-                raise ScanLMError(
-                    f"token id {wrong} is not in the vocabulary of {self.config.vocab_size}: use "
-                    "the tokenizer that the model was trained with"
-                )
+            check_tokens(input_ids, self.config.vocab_size)
 
     def _check_length(self, length: int) -> None:
         limit = self.config.n_positions

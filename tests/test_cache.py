@@ -1,7 +1,7 @@
 """The streaming state: any split gives the logits of one forward; reset, fork, save and load."""
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scanlm import ScanCache, ScanLMError
+from scanlm.cache import RaggedScanCache
+from scanlm.decoder import Decoder
 
 Make = Callable[..., Any]
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -68,6 +70,20 @@ def test_any_split_gives_the_logits_of_one_forward(
             cache = survive(event, out.past_key_values, model, tmp_path)
         torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits, **EXACT)
     assert cache.length == tokens
+
+
+@pytest.mark.parametrize("position_embedding", ["absolute", "chunk"])
+@pytest.mark.parametrize(("chunks", "beside"), list(product(range(1, 9), (-1, 0, 1))))
+def test_token_by_token_around_every_chunk_boundary(
+    make_model: Make, make_ids: Make, position_embedding: str, chunks: int, beside: int
+) -> None:
+    model = make_model(position_embedding=position_embedding)
+    tokens = chunks * model.config.chunk_size + beside
+    ids, cache = make_ids(3, tokens), model.new_cache()
+    with torch.no_grad():
+        logits = [model(token, past_key_values=cache).logits for token in ids.split(1, dim=1)]
+        torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits, **EXACT)
+    assert (cache.length, cache.batch_size) == (tokens, 3)
 
 
 def test_a_fork_and_its_original_go_different_ways(make_model: Make, make_ids: Make) -> None:
@@ -206,3 +222,170 @@ def test_autocast_goes_on_from_its_own_state(make_model: Make, make_ids: Make) -
         logits = [model(t, past_key_values=cache).logits for t in ids[:, 3:].split(1, dim=1)]
         whole = model(ids).logits[:, 3:]
     torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=0.05, atol=0.3)
+
+
+# Rows of different lengths
+
+
+def left_padded(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts ``(1, n)`` as a batch and its mask."""
+    width = max(p.shape[1] for p in prompts)
+    padded = [torch.nn.functional.pad(p, (width - p.shape[1], 0)) for p in prompts]
+    masks = [torch.arange(width) >= width - p.shape[1] for p in prompts]
+    return torch.cat(padded), torch.stack(masks).long()
+
+
+def ragged(model: Any, make_ids: Make, *lengths: int) -> tuple[list[Tensor], Any]:
+    """Prompts of these lengths and the state after them."""
+    prompts = [make_ids(1, n, seed=i) for i, n in enumerate(lengths)]
+    ids, mask = left_padded(prompts)
+    return prompts, model(ids, attention_mask=mask, use_cache=True).past_key_values
+
+
+def uninterrupted(model: Any, prompts: list[Tensor], more: Tensor) -> Tensor:
+    """Logits of ``more (b, s)``, each row behind its prompt alone."""
+    rows = [torch.cat([p, m[None]], dim=1) for p, m in zip(prompts, more, strict=True)]
+    return torch.cat([model(row).logits[:, -more.shape[1] :] for row in rows])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@settings(property_test, max_examples=12)
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=4, max_size=4),
+    more=st.integers(1, 40),
+    cuts=cuts,
+    events=st.lists(st.sampled_from(["", "fork", "disk", "decoder"]), min_size=6, max_size=6),
+)
+def test_a_padded_batch_goes_on_from_any_copy_of_its_state(
+    make_model: Make,
+    make_ids: Make,
+    tmp_path: Path,
+    shape: dict[str, Any],
+    lengths: list[int],
+    more: int,
+    cuts: list[int],
+    events: list[str],
+) -> None:
+    model, ids, logits = make_model(**shape), make_ids(4, more, seed=9), []
+    with torch.no_grad():
+        prompts, cache = ragged(model, make_ids, *lengths)
+        assert isinstance(cache, RaggedScanCache) or len(set(lengths)) == 1
+        for piece, event in zip(pieces(ids, cuts), events, strict=False):
+            if event == "fork":
+                original, cache = cache, cache.fork()
+                original.map(torch.zero_)  # nothing may be shared with the original
+            elif event == "disk":
+                path = cache.save(tmp_path / "state.safetensors")
+                cache = type(cache).load(path, model, batch_size=4)
+            if event == "decoder":
+                decoder = Decoder(model, 4, fused=False)
+                decoder.load(cache)
+                logits.append(torch.stack([decoder.feed(t) for t in piece.unbind(1)], dim=1))
+                decoder.store(cache)
+            else:
+                logits.append(model(piece, past_key_values=cache).logits)
+        expected = uninterrupted(model, prompts, ids)
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, **EXACT)
+    assert cache.get_seq_length() == max(lengths) + more
+
+
+def test_a_streamed_padded_batch_goes_on_from_its_saved_state(
+    make_model: Make, make_ids: Make, tmp_path: Path
+) -> None:
+    model = make_model()
+    prompts, cache = ragged(model, make_ids, 5, 11, 5)
+    first = make_ids(3, 1, seed=7)
+    tokens = torch.stack(list(model.stream(first, past_key_values=cache, max_new_tokens=14)), 1)
+    loaded = RaggedScanCache.load(cache.save(tmp_path / "a"), model)
+    logits = model(tokens[:, -1:], past_key_values=loaded).logits
+    expected = uninterrupted(model, prompts, torch.cat([first, tokens], dim=1))[:, -1:]
+    torch.testing.assert_close(logits, expected, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_saving_keeps_every_tensor_of_a_padded_batch(
+    make_model: Make, make_ids: Make, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = make_model(dtype)
+    _, cache = ragged(model, make_ids, 8, 3, 17, 3)
+    loaded = RaggedScanCache.load(cache.save(tmp_path / "a"), model, batch_size=4)
+    assert (loaded.columns, loaded.num_bytes, loaded.batch_size) == (17, cache.num_bytes, 4)
+    assert [part.length for _, part in loaded.parts] == [3, 8, 17]
+    for (rows, part), (saved_rows, saved) in zip(loaded.parts, cache.parts, strict=True):
+        assert torch.equal(rows, saved_rows)
+        assert all(torch.equal(a, b) for a, b in zip(part.tensors, saved.tensors, strict=True))
+
+
+@pytest.mark.parametrize("batch", [2, 5])
+def test_a_reset_padded_batch_takes_any_other(
+    make_model: Make, make_ids: Make, tmp_path: Path, batch: int
+) -> None:
+    model = make_model()
+    _, cache = ragged(model, make_ids, 8, 3)
+    cache.reset()
+    assert (cache.get_seq_length(), cache.num_bytes, cache.batch_size) == (0, 0, None)
+    with pytest.raises(ScanLMError, match="empty cache has nothing to save"):
+        cache.save(tmp_path / "a")
+    ids, order = make_ids(batch, 14), torch.arange(batch).flip(0)
+    logits = [model(t, past_key_values=cache).logits for t in ids[:, :11].split(6, dim=1)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(ids[:, :11]).logits, **EXACT)
+    cache = RaggedScanCache.load(cache.fork().save(tmp_path / "a"), model)
+    cache.reorder_cache(order)
+    logits = model(ids[:, 11:], past_key_values=cache).logits
+    expected = model(torch.cat([ids[order, :11], ids[:, 11:]], dim=1)).logits[:, 11:]
+    torch.testing.assert_close(logits, expected, **EXACT)
+    with pytest.raises(ScanLMError, match=f"holds {batch} sequences, the input has 3"):
+        model(make_ids(3, 1), past_key_values=cache)
+
+
+def test_a_reset_padded_batch_can_be_streamed_and_reordered(
+    make_model: Make, make_ids: Make
+) -> None:
+    model, ids = make_model(), make_ids(2, 9)
+    _, cache = ragged(model, make_ids, 8, 3)
+    cache.reset()
+    tokens = torch.stack(list(model.stream(ids, past_key_values=cache, max_new_tokens=9)), dim=1)
+    assert torch.equal(tokens, torch.stack(list(model.stream(ids, max_new_tokens=9)), dim=1))
+    cache.reorder_cache(torch.tensor([1, 1]))
+    logits = model(tokens[[1, 1], -1:], past_key_values=cache).logits
+    whole = torch.cat([ids, tokens], dim=1)[[1, 1]]
+    torch.testing.assert_close(logits, model(whole).logits[:, -1:], **EXACT)
+
+
+def test_the_state_of_a_padded_batch_can_be_converted(make_model: Make, make_ids: Make) -> None:
+    model, more = make_model(torch.float32), make_ids(2, 5, seed=9)
+    prompts, cache = ragged(model, make_ids, 8, 3)
+    model.double()
+    with pytest.raises(ScanLMError, match=r"convert the cache with cache\.map"):
+        model(more, past_key_values=cache.fork())
+    cache.map(lambda t: t.double())
+    logits = model(more, past_key_values=cache).logits
+    torch.testing.assert_close(logits, uninterrupted(model, prompts, more), rtol=1e-4, atol=1e-4)
+
+
+def test_saved_padded_batches_that_do_not_fit_are_refused(
+    make_model: Make, make_ids: Make, tmp_path: Path
+) -> None:
+    model, other = make_model(), make_model()
+    path = ragged(model, make_ids, 8, 3)[1].save(tmp_path / "ragged")
+    even = model(make_ids(2, 9), use_cache=True).past_key_values.save(tmp_path / "even")
+    with torch.no_grad():
+        other.t1.h[0].mlp.c_fc.weight += 0.1
+    for wrong, message in (
+        (other, "another model or of other weights"),
+        (make_model(torch.float32), r"of a model in torch\.float64.*in torch\.float32"),
+    ):
+        with pytest.raises(ScanLMError, match=message):
+            RaggedScanCache.load(path, wrong)
+    with pytest.raises(ScanLMError, match="holds 2 sequences, expected 3"):
+        RaggedScanCache.load(path, model, batch_size=3)
+    with pytest.raises(
+        ScanLMError, match=r"no saved RaggedScanCache.*load it with ScanCache\.load"
+    ):
+        RaggedScanCache.load(even, model)
+    with pytest.raises(ScanLMError, match=r"no saved ScanCache .*with RaggedScanCache\.load"):
+        ScanCache.load(path, model)
+    with pytest.raises(ScanLMError, match="no such file"):
+        RaggedScanCache.load(tmp_path / "missing", model)
+    with pytest.raises(ScanLMError, match="cannot write the cache"):
+        RaggedScanCache.load(path, model).save(tmp_path / "no folder" / "a")

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from scanlm import ScanLMError
+from scanlm.generation import check_tokens
+from scanlm.gla import GLAConfig, GLAForCausalLM
 
 Make = Callable[..., Any]
 PAD = 0
@@ -108,3 +110,67 @@ def test_too_many_new_tokens_are_refused_before_any_is_made(
     with pytest.raises(ScanLMError, match='position_embedding="chunk"'):
         model.generate(make_ids(1, 5), max_new_tokens=28)
     assert not calls
+
+
+# A token outside the vocabulary is a device-side assert on a GPU, where forward does not look
+
+
+@pytest.fixture
+def unchecked_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``forward`` as on a GPU."""
+    monkeypatch.setattr("scanlm.model.check_tokens", lambda *_: None)
+
+
+@pytest.mark.usefixtures("unchecked_forward")
+@pytest.mark.parametrize("token", [29, 1000, -1])
+def test_a_prompts_tokens_are_checked_whatever_forward_does(
+    make_model: Make, make_ids: Make, token: int
+) -> None:
+    model, ids = make_model(), make_ids(2, 6)
+    ids[1, 3] = token
+    with pytest.raises(IndexError):  # or forward would have checked after all
+        model(ids)
+    message = rf"token id {token} is not in the vocabulary of 29 \(0 to 28\), at input_ids\[1, 3\]"
+    for how in ({"inputs": ids}, {"input_ids": ids}, {"input_ids": ids, "num_beams": 2}):
+        with pytest.raises(ScanLMError, match=message):
+            model.generate(**how, max_new_tokens=3)
+    with pytest.raises(ScanLMError, match=message):
+        model.stream(ids, max_new_tokens=3)
+    state = model(make_ids(2, 5), use_cache=True).past_key_values
+    with pytest.raises(ScanLMError, match=message):
+        model.stream(ids, past_key_values=state)
+    assert state.length == 5
+
+
+@pytest.mark.usefixtures("unchecked_forward")
+def test_the_token_that_generate_begins_with_is_checked(make_model: Make) -> None:
+    with pytest.raises(ScanLMError, match=r"token id 29 .*at input_ids\[0, 0\]"):
+        make_model().generate(bos_token_id=29, max_new_tokens=3)
+
+
+def test_baselines_of_plain_torch_check_prompts_too() -> None:
+    shape = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 1, "vocab_size": 29}
+    model = GLAForCausalLM(GLAConfig(**shape))
+    with pytest.raises(ScanLMError, match=r"at input_ids\[0, 1\]"):
+        model.generate(torch.tensor([[1, 29]]), max_new_tokens=3)
+
+
+def test_prompts_are_checked_once_and_not_token_by_token(
+    make_model: Make, make_ids: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    for module in ("generation", "decoder"):
+        monkeypatch.setattr(
+            f"scanlm.{module}.check_tokens", lambda ids, _: shapes.append(ids.shape)
+        )
+    model, ids = make_model(), make_ids(2, 6)
+    model.generate(ids, max_new_tokens=9)
+    list(model.stream(ids, max_new_tokens=9))
+    assert shapes == [(2, 6), (2, 6)]
+
+
+def test_the_first_wrong_token_is_named() -> None:
+    check_tokens(torch.tensor([[0, 28], [5, 0]]), 29)
+    check_tokens(torch.zeros(1, 0, dtype=torch.long), 29)
+    with pytest.raises(ScanLMError, match=r"token id 30 .*input_ids\[0, 1\]"):
+        check_tokens(torch.tensor([[0, 30], [-5, 29]]), 29)

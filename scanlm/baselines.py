@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scanlm.errors import ScanLMError, nearest
-from scanlm.settings import TrainingSettings
+from scanlm.settings import TrainingSettings, resolve_settings
 from scanlm.values import read_mapping
 
 if TYPE_CHECKING:
@@ -121,10 +122,13 @@ def build_model(
         except ScanLMError:
             raise
         except ModuleNotFoundError as error:
+            package = str(error.name).partition(".")[0]
             raise ScanLMError(
-                f"model {entry.id!r} needs the package {error.name!r}, which is not installed: "
-                f"pip install {error.name}"
+                f"model {entry.id!r} needs the package {package!r}, which is not installed: "
+                f"pip install {package}"
             ) from error
+        except ImportError as error:  # transformers has a sentence for each package that it wants
+            raise ScanLMError(f"model {entry.id!r} cannot be built: {_last_line(error)}") from error
         # layers check their sizes in ways of their own
         except (TypeError, ValueError) as error:
             raise ScanLMError(f"model {entry.id!r} cannot be built: {_last_line(error)}") from error
@@ -133,6 +137,63 @@ def build_model(
 def count_parameters(entry: str | Path | ModelEntry) -> int:
     """Trainable numbers of a model, a tied embedding counted once; no memory is taken."""
     return sum(p.numel() for p in build_model(entry, device="meta").parameters())
+
+
+def change_config(model: str | Path, changes: Mapping[str, Any]) -> ModelEntry:
+    """The entry of a model with other values in its configuration.
+
+    Args:
+        model: registry id, or path of a YAML file.
+        changes: ``config.<field>`` and value, as ``resolve_settings`` takes them.
+
+    Raises:
+        ScanLMError: an unknown model or field (with the nearest), something else than a field of
+            the configuration, or a model that cannot be built with these values.
+    """
+    entry = load_entry(model)
+    if not changes:
+        return entry
+    for key in changes:
+        if not key.startswith("config."):
+            raise ScanLMError(
+                f"{key!r} is no field of a model: expected config.<field>=value, e.g. "
+                "config.tie_word_embeddings=true"
+            )
+    try:
+        fields = resolve_settings(str(model), None, changes).config
+    except ScanLMError as error:
+        raise ScanLMError(f"model {entry.id!r}: {error}") from error
+    changed = entry.model_copy(update={"config": {**entry.config, **fields}})
+    build_model(changed, device="meta")
+    return changed
+
+
+def config_differences(entry: ModelEntry) -> dict[str, Any]:
+    """The fields of a model's configuration that are not its family's defaults.
+
+    What the vocabulary decides (its size, ids of special tokens) is left out. All other fields are
+    there if the family cannot be built from its defaults.
+    """
+    try:
+        defaults = _default_config(_FAMILIES[entry.family])
+    # a family of one's own may need fields, a package, or anything
+    except Exception:
+        defaults = None
+    unknown = object()
+    return {
+        name: value
+        for name, value in entry.config.items()
+        if name not in ("vocab_size", *TOKEN_IDS) and getattr(defaults, name, unknown) != value
+    }
+
+
+@cache
+def _default_config(build: Build) -> PretrainedConfig:
+    import torch
+
+    meta = torch.device("meta")
+    with meta:
+        return build({}, meta).config
 
 
 def register_family(name: str, build: Build) -> None:

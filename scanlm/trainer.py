@@ -143,6 +143,7 @@ class ExactTrainer(Trainer):
         """Validation loss, by ``scanlm.scoring``, for the Trainer to remember the best step."""
         self.check_finite()
         metrics = {"eval_loss": self.score()}
+        super().log(dict(metrics))  # for TensorBoard and W&B
         # the handler takes back the request to evaluate
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics

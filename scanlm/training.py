@@ -40,6 +40,7 @@ from scanlm.data import (
     unigram_entropy,
 )
 from scanlm.data.token_files import default_tokenizer
+from scanlm.data.tokenizers import vocabulary_size
 from scanlm.errors import ScanLMError
 from scanlm.flops import training_flops
 from scanlm.interrupts import held_interrupts
@@ -384,10 +385,6 @@ def training_arguments(s: TrainingSettings, folder: Path, precision: str) -> Tra
 
 
 def _trackers(s: TrainingSettings, folder: Path) -> list[str]:
-    chosen = [name for name in ("tensorboard", "wandb") if getattr(s, name)]
-    for name in chosen:
-        if importlib.util.find_spec(name) is None:
-            raise ScanLMError(f"{name}=true needs a package: pip install 'scanlm[tracking]'")
     if s.tensorboard:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     if s.wandb:
@@ -395,7 +392,15 @@ def _trackers(s: TrainingSettings, folder: Path) -> list[str]:
             os.environ.setdefault("WANDB_MODE", "offline")
         os.environ.setdefault("WANDB_PROJECT", "scanlm")
         os.environ.setdefault("WANDB_DIR", str(folder))
-    return chosen or ["none"]
+    return _chosen_trackers(s) or ["none"]
+
+
+def _chosen_trackers(s: TrainingSettings) -> list[str]:
+    chosen = [name for name in ("tensorboard", "wandb") if getattr(s, name)]
+    for name in chosen:
+        if importlib.util.find_spec(name) is None:
+            raise ScanLMError(f"{name}=true needs a package: pip install 'scanlm[tracking]'")
+    return chosen
 
 
 def resolve_precision(precision: str) -> str:
@@ -488,10 +493,14 @@ def _check(settings: TrainingSettings, model: Any, tokens: TokenizedCorpus, bloc
             "fsdp=true shares the model out over several ranks and there is one: start it with "
             "torchrun --nproc-per-node 2 -m scanlm train ..."
         )
+    _chosen_trackers(settings)
     chunk = int(getattr(model.config, "chunk_size", 0))
-    if model.config.model_type == "scanlm" and settings.seq_len <= chunk:
+    # the prefix of a second chunk is the first one's leaf, unless there are chunks before
+    least = chunk if settings.carry_state else 2 * chunk
+    if model.config.model_type == "scanlm" and settings.seq_len <= least:
+        count = "one chunk" if settings.seq_len <= chunk else "two chunks"
         warnings.warn(
-            f"seq_len={settings.seq_len} is one chunk of chunk_size={chunk}: nothing is scanned "
+            f"seq_len={settings.seq_len} is {count} of chunk_size={chunk}: nothing is scanned "
             "and T1 is not trained; choose a smaller config.chunk_size",
             stacklevel=3,
         )
@@ -520,13 +529,16 @@ def sizes(settings: TrainingSettings) -> dict[str, Any]:
 
     Returns:
         ``config`` (of the model), ``num_parameters``, ``tokens``, ``flops`` (``None`` where nothing
-        counts them), ``memory_bytes`` and ``memory_formula``. The vocabulary is the one in the
-        model's entry, since the corpus has not been read.
+        counts them), ``memory_bytes``, ``memory_formula`` and ``upper_bound``: whether the
+        tokenizer may get fewer entries than the model has here (``bpe:<size>``). A tokenizer's
+        folder that is not there yet leaves the vocabulary of the model's entry.
 
     Raises:
-        ScanLMError: a model that cannot be built, or sequences longer than its positions.
+        ScanLMError: a model that cannot be built, sequences longer than its positions, or a
+            tokenizer that is not known.
     """
-    model = _build(settings, None, "meta")
+    vocabulary, exact = _expected_vocabulary(settings)
+    model = _build(settings, vocabulary, "meta")
     _set_dropout(model, settings.dropout)
     check_context(model, settings.seq_len)
     number = sum(p.numel() for p in model.parameters())
@@ -548,7 +560,24 @@ def sizes(settings: TrainingSettings) -> dict[str, Any]:
             "token, layer and feature kept for the backward pass; twice that for a scan model, "
             "whose T2 reads each chunk behind a prefix"
         ),
+        "upper_bound": not exact and "vocab_size" not in settings.config,
     }
+
+
+def _expected_vocabulary(settings: TrainingSettings) -> tuple[int | None, bool]:
+    """What ``vocabulary_size`` says of the run's tokenizer; no size if its folder is not there."""
+    spec = settings.tokenizer
+    if spec is None:
+        try:
+            spec = default_tokenizer(load_corpus(settings.corpus))
+        except ScanLMError:  # a sweep is planned before its corpus is there
+            spec = "gpt2"
+    try:
+        return vocabulary_size(spec)
+    except ScanLMError:
+        if "/" not in spec or Path(spec).expanduser().exists():
+            raise
+        return None, True
 
 
 def describe(settings: TrainingSettings) -> dict[str, Any]:
@@ -558,12 +587,13 @@ def describe(settings: TrainingSettings) -> dict[str, Any]:
         ``sizes``, and ``settings``, ``experiment``, ``command``.
 
     Raises:
-        ScanLMError: as ``sizes``; a corpus that is not known.
+        ScanLMError: as ``sizes``; a corpus or a tokenizer's folder that is not there.
     """
     source = load_corpus(settings.corpus)
+    tokenizer = settings.tokenizer or default_tokenizer(source)
+    vocabulary_size(tokenizer)  # refuses a folder that is not there, which ``sizes`` does not
     return sizes(settings) | {
-        "settings": settings.model_dump()
-        | {"tokenizer": settings.tokenizer or default_tokenizer(source)},
+        "settings": settings.model_dump() | {"tokenizer": tokenizer},
         "experiment": settings.experiment or experiment_name(source.name),
         "command": equivalent_command(settings),
     }

@@ -1,7 +1,10 @@
 """The registry: what it ships, how a model is added, what it refuses."""
 
 import json
+import os
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from scanlm import baselines, fused
 from scanlm.baselines import (
     ModelEntry,
     build_model,
+    change_config,
+    config_differences,
     count_parameters,
     list_entries,
     load_entry,
@@ -84,6 +89,50 @@ def test_parameters(model: str, changes: dict[str, Any], millions: float) -> Non
     entry = load_entry(model)
     changed = entry.model_copy(update={"config": {**entry.config, **changes}})
     assert round(count_parameters(changed) / 1e6, 2) == millions
+
+
+def test_what_differs_from_the_familys_defaults() -> None:
+    assert config_differences(load_entry("scanlm_base_c64")) == {}  # but token ids
+    assert config_differences(load_entry("scanlm_base_c128")) == {"chunk_size": 128}
+    assert config_differences(load_entry(GDN)) == {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_heads": 12,
+        "head_dim": 64,
+        "expand_v": 1.0,
+        "use_short_conv": False,
+        "allow_neg_eigval": True,
+        "tie_word_embeddings": True,
+        "embd_pdrop": 0.1,
+        "attn_pdrop": 0.1,
+        "resid_pdrop": 0.1,
+    }
+    # GPT-2 calls it n_embd
+    entry = ModelEntry(id="mine", family="gpt2", config={"hidden_size": 768, "vocab_size": 9})
+    assert config_differences(entry) == {}
+
+
+def test_all_fields_differ_from_a_family_without_defaults() -> None:
+    def build(fields: dict[str, Any], device: torch.device | None) -> GPT2LMHeadModel:
+        return GPT2LMHeadModel(GPT2Config(n_layer=fields["depth"]))
+
+    register_family("needs_depth", build)
+    for family in ("needs_depth", "not registered"):
+        entry = ModelEntry(id="mine", family=family, config={"depth": 2, "bos_token_id": 1})
+        assert config_differences(entry) == {"depth": 2}
+
+
+def test_a_changed_configuration() -> None:
+    entry = load_entry(GLA)
+    assert change_config(GLA, {}) == entry
+    changed = change_config(GLA, {"config.expand_k": 1.0})
+    assert changed.config == {**entry.config, "expand_k": 1.0}
+    with pytest.raises(ScanLMError, match=r"'gla_170M': unknown .*Did you mean 'expand_k'"):
+        change_config(GLA, {"config.expandk": 1.0})
+    with pytest.raises(ScanLMError, match=r"'steps' is no field of a model: expected config\."):
+        change_config(GLA, {"steps": 1})
+    with pytest.raises(ScanLMError, match="num_heads=5"):
+        change_config(GLA, {"config.num_heads": 5})
 
 
 def test_tiny_models_are_of_one_size() -> None:
@@ -184,6 +233,7 @@ def test_a_new_family_is_one_function(tmp_path: Path) -> None:
     register_family("no_mlp", build)
     assert build_model(path, vocab_size=7)(torch.tensor([[1, 2]])).logits.shape == (1, 2, 7)
     assert count_parameters(path) < 500_000
+    assert config_differences(load_entry(path)) == {"n_layer": 1, "n_embd": 8, "n_head": 2}
 
 
 def test_device_and_overrides_reach_the_family() -> None:
@@ -289,15 +339,48 @@ def test_fused_kernels_without_a_gpu() -> None:
         fused_classes("gla")
 
 
-def test_reading_the_registry_loads_no_torch() -> None:
-    import subprocess
-
-    code = (
-        "import sys, json; from scanlm.baselines import list_entries; list_entries(); "
-        "print(json.dumps([n for n in ('torch', 'transformers', 'fla') if n in sys.modules]))"
+def run_beside_fla(code: str, folder: Path) -> Any:
+    """What a process prints, as JSON, that could import a package ``fla``: an empty one."""
+    (folder / "fla").mkdir()
+    (folder / "fla" / "__init__.py").touch()
+    environment = {**os.environ, "PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(run.stdout) == []
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_reading_the_registry_loads_no_torch(tmp_path: Path) -> None:
+    code = """
+        import json, sys
+        from scanlm.baselines import list_entries
+        list_entries()
+        print(json.dumps([n for n in ("torch", "transformers", "fla") if n in sys.modules]))
+    """
+    assert run_beside_fla(code, tmp_path) == []
+
+
+def test_fla_is_imported_for_a_gpu_only(tmp_path: Path) -> None:
+    code = """
+        import json, sys, warnings
+        import scanlm
+        for name in dir(scanlm):
+            getattr(scanlm, name)
+        from scanlm.baselines import build_model
+        for model in ("gla_tiny", "gated_deltanet_tiny"):
+            build_model(model)
+        seen = {"without": "fla" in sys.modules}
+        import torch
+        torch.cuda.is_available = lambda: True
+        warnings.simplefilter("ignore")  # the package is empty: plain torch after all
+        build_model("gla_tiny")
+        print(json.dumps(seen | {"with": "fla" in sys.modules}))
+    """
+    assert run_beside_fla(code, tmp_path) == {"without": False, "with": True}
 
 
 def test_scan_models_differ_in_their_chunks_alone() -> None:

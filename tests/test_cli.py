@@ -1,6 +1,8 @@
 """Every command: what it passes on, what it prints, and mistakes in one line without traceback."""
 
 import json
+import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 import scanlm
+from scanlm import baselines
 from scanlm.cli import app
 
 HEAVY = ["torch", "transformers", "matplotlib", "datasets", "papermill", "pandas", "fla"]
@@ -78,13 +81,19 @@ def evaluate_arguments(trained: dict[str, Any], *targets: object) -> list[object
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
-def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+def test_help_imports_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "fla.py").touch()  # were it absent, an import of it would go unseen
     code = (
         "import sys\nfrom scanlm.cli import app\n"
         f"try: app({arguments!r})\nexcept SystemExit as end: assert not end.code\n"
         f"print('loaded:', [name for name in {HEAVY!r} if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.endswith("loaded: []\n"), done.stdout + done.stderr
 
 
@@ -159,18 +168,78 @@ def test_models_lists_parameters_and_what_differs() -> None:
     rows = {row["id"]: row for row in json.loads(fine("models", "--json"))}
     assert rows["gpt2_small_wikitext103_drop01"]["parameters"] == 124_439_808
     # beta2 is in the entry too, and is the default
-    assert rows["gpt2_small_wikitext103_drop01"]["differs"] == {"lr": 1e-4, "steps": 30518}
+    own = {"lr": 1e-4, "steps": 30518}
+    assert rows["gpt2_small_wikitext103_drop01"]["differs"] == own
+    assert rows["gpt2_small_wikitext103_nodrop"]["differs"] == {"dropout": 0.0, **own}
     assert rows["scanlm_tiny"]["family"] == "scanlm"
+    # all that tells two models of a family apart is there
+    told = [(row["family"], str(row["differs"])) for row in rows.values()]
+    assert len(set(told)) == len(told)
     table = fine("models")
     line = next(line for line in table.splitlines() if "gpt2_small_wikitext103_drop01" in line)
     assert "gpt2 " in line
     assert "124,439,808   lr=0.0001 steps=30518" in line
+    assert "124,439,808   dropout=0.0 lr=0.0001 steps=30518" in table
     assert all(f" {name} " in table for name in rows)
 
 
-def test_a_family_without_its_package_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from scanlm import baselines
+@pytest.mark.parametrize(
+    ("model", "sets", "millions"),
+    [
+        ("gla_170M", ["tie_word_embeddings=true"], 123.78),
+        ("gla_170M", ["expand_k=1"], 169.53),
+        ("gated_deltanet_250M", ["tie_word_embeddings=true"], 208.90),
+        ("gated_deltanet_170M_baseline", ["tie_word_embeddings=false"], 169.45),
+        ("gated_deltanet_170M_baseline", ["tie_word_embeddings=false", "head_dim=256"], 275.62),
+    ],
+)
+def test_models_counts_the_parameters_of_variants(
+    model: str, sets: list[str], millions: float
+) -> None:
+    options = [word for field in sets for word in ("--set", f"config.{field}")]
+    (row,) = json.loads(fine("models", model, *options, "--json"))
+    assert (row["id"], round(row["parameters"] / 1e6, 2)) == (model, millions)
+    assert f" {row['parameters']:,} " in fine("models", model, *options)
 
+
+def test_models_shows_those_that_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("id: mine\nfamily: gpt2\nconfig: {n_layer: 1, n_embd: 8, n_head: 2}\n")
+    sets = ["--set", "config.n_positions=64", "--set", "config.n_layer=12"]  # GPT-2 has 12
+    rows = json.loads(fine("models", path, "gpt2_small_untied", *sets, "--json"))
+    assert [row["id"] for row in rows] == ["mine", "gpt2_small_untied"]
+    assert rows[0]["differs"] == {"n_embd": 8, "n_head": 2, "n_positions": 64}
+    untied = {"tie_word_embeddings": False, "n_positions": 64, "dropout": 0.0}
+    assert rows[1]["differs"] == untied
+    table = fine("models", "gpt2_small_untied", *sets)
+    assert " tie_word_embeddings=false n_positions=64 dropout=0.0 " in table
+
+
+def test_dropouts_that_are_not_equal_are_shown_apart(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    for rates in ({"resid_pdrop": 0.0, "embd_pdrop": 0.0}, {"attn_pdrop": 0.0}):
+        path.write_text(yaml.safe_dump({"id": "mine", "family": "gpt2", "config": rates}))
+        (row,) = json.loads(fine("models", path, "--json"))
+        assert row["differs"] == rates
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["gla_170N"], "unknown model 'gla_170N'. Did you mean 'gla_170M'?"),
+        (["gla_tiny", "--set", "config.expandk=1"], "'config.expandk'. Did you mean 'expand_k'?"),
+        # the one that does not have it is named
+        (["gla_tiny", "gpt2_tiny", "--set", "config.expand_k=1"], "'gpt2_tiny': unknown setting"),
+        (["gla_tiny", "--set", "config.num_heads=5"], "num_heads=5"),
+        (["gla_tiny", "--set", "lr=1"], "'lr' is no field of a model: expected config.<field>"),
+        (["gla_tiny", "--set", "config.num_heads"], "is no assignment: expected key=value"),
+    ],
+)
+def test_models_refuses_what_a_model_does_not_have(options: list[str], message: str) -> None:
+    assert message in refused("models", *options)
+
+
+def test_a_family_without_its_package_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(entry: Any) -> int:
         raise scanlm.ScanLMError("needs a package")
 
@@ -229,9 +298,61 @@ def test_the_printed_command_is_the_same_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("tokenizer", "size", "parameters"),
+    [("bytes", 257, "93,328,128"), ("gpt2", 50257, "170,128,128"), ("bpe:4096", 4096, None)],
+)
+def test_dry_run_has_the_vocabulary_of_the_tokenizer(
+    tokenizer: str, size: int, parameters: str | None
+) -> None:
+    options = ["--corpus", "embedded", "--tokenizer", tokenizer, "--dry-run"]
+    text = fine("train", "scanlm_base_c64", *options)
+    facts = yaml.safe_load(text)
+    assert facts["settings"]["tokenizer"] == tokenizer
+    assert facts["config"]["vocab_size"] == size
+    assert facts["parameters"] == (parameters or facts["parameters"])
+    assert ("  # at most: all 4,096 entries of bpe:4096 used\n" in text) is (parameters is None)
+    chosen = fine("train", "scanlm_base_c64", *options, "--set", f"config.vocab_size={size}")
+    assert "at most" not in chosen
+    assert yaml.safe_load(chosen)["parameters"] == facts["parameters"]
+
+
+def test_dry_run_without_a_tokenizer_has_the_corpus_default(corpus: Path) -> None:
+    for source, size in (("embedded", 257), (corpus, 50257)):
+        facts = yaml.safe_load(fine("train", "gpt2_tiny", "--corpus", source, "--dry-run"))
+        assert facts["config"]["vocab_size"] == size
+
+
+def test_dry_run_takes_the_size_of_a_tokenizers_folder(tmp_path: Path) -> None:
+    from scanlm.data import load_tokenizer
+
+    folder = tmp_path / "tokenizer"
+    arguments = ["train", "scanlm_base_c64", "--tokenizer", folder, "--dry-run"]
+    assert f"unknown tokenizer '{folder}'" in refused(*arguments, "--corpus", "embedded")
+    load_tokenizer("bytes").save_pretrained(folder)
+    facts = yaml.safe_load(fine(*arguments, "--corpus", "embedded"))
+    assert (facts["config"]["vocab_size"], facts["parameters"]) == (257, "93,328,128")
+
+
+def test_the_dry_run_is_what_is_trained(corpus: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"  # its vocabulary is GPT-2's, unlike the corpus'
+    path.write_text("id: mine\nfamily: gpt2\nconfig: {n_layer: 1, n_embd: 8, n_head: 2}\n")
+    arguments = train_arguments(str(path), corpus, tmp_path)
+    planned = yaml.safe_load(fine(*arguments, "--dry-run"))
+    run = Path(fine(*arguments).rpartition("run: ")[2].strip())
+    summary = json.loads((run / "summary.json").read_text())
+    assert planned["parameters"] == f"{summary['num_parameters']:,}"
+    config = json.loads((run / "run.json").read_text())["parameters"]["config"]
+    shared = config.keys() & planned["config"].keys()
+    assert {"vocab_size", "eos_token_id", "n_embd"} <= shared
+    assert {name: planned["config"][name] for name in shared} == {n: config[n] for n in shared}
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--set", "lrr=1"], "unknown setting 'lrr'. Did you mean 'lr'?"),
+        (["--tokenizer", "byte"], "unknown tokenizer 'byte'"),
+        (["--tokenizer", "bpe:100"], "expected at least 257 entries"),
         (["--set", "config.chunksize=1"], "'config.chunksize'. Did you mean 'chunk_size'?"),
         (["--set", "confg.chunk_size=1"], "unknown setting 'confg.chunk_size'"),
         (["--set", "lr"], "'lr' is no assignment: expected key=value"),
@@ -256,6 +377,45 @@ def test_a_malformed_model_file_names_its_line(tmp_path: Path) -> None:
     assert "mine.yaml, line 3, is not YAML" in refused("train", path, "--dry-run")
 
 
+FAMILIES_WITHOUT_THEIR_PACKAGE = {
+    "a module": "import absent_package",
+    "a module in a package": "from absent_package.models import AbsentForCausalLM",
+}
+
+
+@pytest.mark.parametrize("options", [["--dry-run"], []], ids=["dry run", "training"])
+@pytest.mark.parametrize("missing", FAMILIES_WITHOUT_THEIR_PACKAGE)
+def test_a_family_without_its_package_ends_in_one_line(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    missing: str,
+    options: list[str],
+) -> None:
+    """With the two files that the README's section on new families has."""
+    program, model = tmp_path / "my_scanlm.py", tmp_path / "mine.yaml"
+    program.write_text(
+        "from scanlm.baselines import register_family\n"
+        "from scanlm.cli import app\n\n\n"
+        "def build(fields, device):\n"
+        f"    {FAMILIES_WITHOUT_THEIR_PACKAGE[missing]}\n\n\n"
+        'register_family("absent", build)\n\n'
+        'if __name__ == "__main__":\n'
+        "    app()\n"
+    )
+    model.write_text("id: mine\nfamily: absent\n")
+    monkeypatch.setattr(baselines, "_FAMILIES", dict(baselines._FAMILIES))  # forgotten afterwards
+    words = [*train_arguments(str(model), corpus, tmp_path), *options]
+    monkeypatch.setattr(sys, "argv", [str(program), *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(program), run_name="__main__")
+    said = "model 'mine' needs the package 'absent_package', which is not installed"
+    assert end.value.code == 1
+    assert capsys.readouterr().err == f"scanlm: {said}: pip install absent_package\n"
+    assert not (tmp_path / "runs").exists()
+
+
 def test_train_writes_a_run_and_repeats_nothing(trained: dict[str, Any], corpus: Path) -> None:
     run = trained["runs"]["scanlm_tiny"]
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
@@ -272,7 +432,7 @@ def test_divergence_is_one_line_and_recorded(corpus: Path, tmp_path: Path) -> No
 
 
 def test_an_interrupt_is_one_line_and_recorded(corpus: Path, tmp_path: Path) -> None:
-    endless = ["seq_len=8", "batch_size=2", "steps=100000", "log_every=1"]
+    endless = ["seq_len=16", "batch_size=2", "steps=100000", "log_every=1"]
     words = train_arguments("scanlm_tiny", corpus, tmp_path, endless)
     process = subprocess.Popen(
         [sys.executable, "-m", "scanlm", *words],

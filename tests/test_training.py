@@ -38,7 +38,7 @@ SMALL = {
 
 def small_model(**overrides: object) -> ScanLMForCausalLM:
     torch.manual_seed(0)
-    fields = {"vocab_size": 257, "n_embd": 8, "n_head": 2, "chunk_size": 4, "t2_layers": 1}
+    fields = {"vocab_size": 257, "n_embd": 8, "n_head": 2, "chunk_size": 2, "t2_layers": 1}
     return ScanLMForCausalLM(ScanLMConfig(**{**fields, **overrides}))
 
 
@@ -146,6 +146,84 @@ def test_accumulated_parts_are_one_batch(corpus: TokenizedCorpus, tmp_path: Path
     np.testing.assert_allclose(weights[0][1]["value"], weights[1][1]["value"], atol=1e-6)
 
 
+def recorded(run: Run, name: str) -> np.ndarray:
+    """A training metric at each step."""
+    metrics = read_metrics(run.folder).query(f"split == 'train' and name == '{name}'")
+    assert list(metrics["step"]) == list(range(1, len(metrics) + 1))
+    return metrics["value"].to_numpy()
+
+
+@pytest.mark.parametrize(
+    ("asked", "warmup"), [(2, 2), (1000, 4), (0, 0)], ids=["asked", "a tenth", "none"]
+)
+def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine(
+    corpus: TokenizedCorpus, tmp_path: Path, asked: int, warmup: int
+) -> None:
+    steps, peak, lowest = 40, 1e-2, 2e-3
+    values = {"steps": steps, "lr": peak, "min_lr_ratio": lowest / peak, "warmup_steps": asked}
+    values |= {"log_every": 1, "eval_every": steps, "save_every": steps}
+    settings = TrainingSettings(**{**SMALL, **values}, root=str(tmp_path))
+    rates = recorded(train(settings, small_model(), corpus), "learning_rate")
+    assert len(rates) == steps
+    rising = np.linspace(0, peak, warmup, endpoint=False)
+    np.testing.assert_allclose(rates[:warmup], rising, atol=1e-12)
+    part = np.arange(steps - warmup) / (steps - warmup)  # 1 would be the step after the last
+    cosine = lowest + (peak - lowest) * (1 + np.cos(np.pi * part)) / 2
+    np.testing.assert_allclose(rates[warmup:], cosine, atol=1e-12)
+    assert rates.max() == peak
+    assert lowest < rates[-1] < 1.01 * lowest
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 0.25, 0.0])
+def test_huge_gradients_are_clipped(
+    corpus: TokenizedCorpus, tmp_path: Path, max_norm: float
+) -> None:
+    values = {"steps": 1, "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": max_norm}
+    # with so large an eps Adam's step depends on the size of the gradient
+    values |= {"eps": 1.0, "dropout": 0.0, "log_every": 1}
+    settings = TrainingSettings(**{**SMALL, **values}, root=str(tmp_path))
+
+    model = small_model(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).double()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1000)
+    before = [p.detach().clone() for p in model.parameters()]
+    ordered = OrderedBlocks(Blocks(corpus["train"].tokens, settings.seq_len), settings.seed, 4)
+    ids, following = (
+        torch.stack([ordered[i][name] for i in range(4)]) for name in ("input_ids", "shift_labels")
+    )
+    logits = model(ids).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), following.flatten())
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    norm = torch.cat([g.flatten() for g in gradients]).norm()
+    assert norm > 10
+    scale = max_norm / norm if max_norm else 1.0
+
+    run = train(settings, model, corpus)
+    assert recorded(run, "grad_norm") == pytest.approx([norm.item()], rel=1e-6)
+    for old, new, gradient in zip(before, model.parameters(), gradients, strict=True):
+        clipped = gradient * scale
+        expected = old - settings.lr * clipped / (clipped.abs() + settings.eps)
+        torch.testing.assert_close(new.detach(), expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("half_residual", [True, False])
+def test_bf16_trains_on_the_cpu(
+    corpus: TokenizedCorpus, tmp_path: Path, half_residual: bool
+) -> None:
+    values = {"precision": "bf16", "half_residual": half_residual, "log_every": 1}
+    settings = TrainingSettings(**{**SMALL, **values}, root=str(tmp_path))
+    model, computed, residual = small_model(), set(), set()
+    model.t2.h[0].mlp.c_fc.register_forward_hook(lambda _, x, out: computed.add(out.dtype))
+    model.t2.h[0].ln_2.register_forward_hook(lambda _, x, out: residual.add(x[0].dtype))
+    run = train(settings, model, corpus)
+    assert Run.open(run.folder).info["parameters"]["precision"] == "bf16"
+    assert computed == {torch.bfloat16}
+    assert residual == {torch.bfloat16 if half_residual else torch.float32}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    losses = recorded(run, "loss")
+    assert losses[-1] < losses[0] - 0.3
+
+
 def test_order_depends_on_the_seed_only_and_covers_every_epoch() -> None:
     blocks = Blocks(np.arange(81, dtype=np.uint16), 8)
     ordered = OrderedBlocks(blocks, seed=3, count=25)
@@ -245,10 +323,16 @@ def test_a_second_interrupt_does_not_wait(
     assert saved_steps(folder) == [4]
 
 
-def test_one_chunk_warns(corpus: TokenizedCorpus, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("chunk_size", "count"), [(8, "one chunk"), (4, "two chunks")])
+def test_a_sequence_without_a_call_of_t1_warns(
+    corpus: TokenizedCorpus, tmp_path: Path, chunk_size: int, count: str
+) -> None:
     settings = TrainingSettings(**{**SMALL, "steps": 1}, root=str(tmp_path))
-    with pytest.warns(UserWarning, match="nothing is scanned"):
-        train(settings, small_model(chunk_size=8), corpus)
+    model, untrained = small_model(chunk_size=chunk_size), small_model()
+    with pytest.warns(UserWarning, match=f"seq_len=8 is {count} .*: nothing is scanned"):
+        train(settings, model, corpus)
+    for before, after in zip(untrained.t1.parameters(), model.t1.parameters(), strict=True):
+        assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize(

@@ -58,18 +58,34 @@ def _scanlm(
 
 
 @app.command()
-def models(as_json: AsJson = False) -> None:
-    """List the models that can be trained: parameters, and settings that differ from the defaults.
+def models(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL", help="Registry ids or YAML files. Default: the registry."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="config.<field>=value, changed in every model; repeatable."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the models that can be trained: parameters, and what differs from the defaults.
+
+    The defaults are those of the model's family and of training settings.
 
     \b
     Example:
       scanlm models
-      scanlm models --json
+      scanlm models gla_170M my_gpt2.yaml --json
+      scanlm models gla_170M --set config.tie_word_embeddings=true
     """
-    from scanlm.baselines import list_entries
+    from scanlm.baselines import change_config, list_entries
     from scanlm.cli import tables
+    from scanlm.values import parse_assignments
 
-    rows = tables.model_rows(list_entries())
+    changes = parse_assignments(set_ or ())
+    shown = names or [entry.id for entry in list_entries()]
+    rows = tables.model_rows([change_config(name, changes) for name in shown])
     if as_json:
         tables.show_json(rows)
     else:

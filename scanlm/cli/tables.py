@@ -54,14 +54,14 @@ def _table(*columns: str, left: int = 1) -> Table:
 
 
 def model_rows(entries: Iterable[ModelEntry]) -> list[dict[str, Any]]:
-    """The registry as rows.
+    """Models as rows.
 
     Returns:
         ``id, name, family, parameters`` (``None`` if the family's package is missing, then ``note``
-        says which), ``training``, ``differs`` (from the default settings), ``config`` and
-        ``description``.
+        says which), ``training``, ``differs`` (from the family's default configuration and from
+        the default settings; the vocabulary is left out), ``config`` and ``description``.
     """
-    from scanlm.baselines import count_parameters
+    from scanlm.baselines import config_differences, count_parameters
     from scanlm.errors import ScanLMError
     from scanlm.settings import TrainingSettings
 
@@ -70,7 +70,8 @@ def model_rows(entries: Iterable[ModelEntry]) -> list[dict[str, Any]]:
     for entry in entries:
         row: dict[str, Any] = entry.model_dump()
         own = entry.training.items()
-        row["differs"] = {name: value for name, value in own if value != defaults[name]}
+        row["differs"] = _one_dropout(config_differences(entry))
+        row["differs"] |= {name: value for name, value in own if value != defaults[name]}
         try:
             row["parameters"] = count_parameters(entry)
         except ScanLMError as error:
@@ -79,15 +80,32 @@ def model_rows(entries: Iterable[ModelEntry]) -> list[dict[str, Any]]:
     return rows
 
 
+def _one_dropout(fields: dict[str, Any]) -> dict[str, Any]:
+    """The rates of GPT-2's three dropouts as one, which sets all, where they are equal."""
+    from scanlm.training import DROPOUT_FIELDS
+
+    rates = [fields.get(name) for name in DROPOUT_FIELDS]
+    if rates[0] is None or any(rate != rates[0] for rate in rates):
+        return fields
+    others = {name: value for name, value in fields.items() if name not in DROPOUT_FIELDS}
+    return others | {"dropout": rates[0]}
+
+
 def models_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The registry, one line a model."""
+    """Models, one line each."""
     from rich.markup import escape
+
+    from scanlm.values import format_value
 
     table = _table("id", "family", "parameters", "differs from the defaults", "description")
     for column in (1, 3, 4):
         table.columns[column].justify = "left"
+    for column in (1, 2):
+        table.columns[column].no_wrap = True
+    table.columns[3].overflow = "fold"  # what is cut off of name=value may be the value
     for row in rows:
-        settings = " ".join(f"{name}={value}" for name, value in row["differs"].items())
+        own = row["differs"].items()
+        settings = " ".join(f"{name}={format_value(value)}" for name, value in own)
         number = f"{row['parameters']:,}" if row["parameters"] is not None else "?"
         words = (row["id"], row["family"], number, settings, row["description"])
         table.add_row(*map(escape, words))
@@ -114,8 +132,11 @@ def describe_run(facts: Mapping[str, Any]) -> str:
 
     settings, config = facts["settings"], facts["config"]
     size = "{steps:,} steps x {batch_size} sequences x {seq_len} tokens".format(**settings)
+    bound = ""
+    if facts["upper_bound"]:
+        bound = f"  # at most: all {config['vocab_size']:,} entries of {settings['tokenizer']} used"
     lines = [
-        f"parameters: {facts['num_parameters']:,}",
+        f"parameters: {facts['num_parameters']:,}{bound}",
         f"tokens: {facts['tokens']:,}  # {size}",
         f"memory: {facts['memory_bytes'] / 2**30:.2f} GiB  # estimate: {facts['memory_formula']}",
         f"experiment: {facts['experiment']}",

@@ -1,6 +1,7 @@
 """The three scans evaluate one tree, with the work and depth that the design promises."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +10,15 @@ from hypothesis import strategies as st
 
 from scanlm.scan import OnlineScan, blelloch_scan, scan_tree, sequential_scan
 
+Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 LENGTHS = range(1, 71)
+BATCHES = st.integers(1, 4)
+SEEDS = st.integers(0, 2**31)
+# far enough from 0 that a function made of them is not associative
+COEFFICIENTS = st.lists(st.floats(0.3, 1.3) | st.floats(-1.3, -0.3), min_size=4, max_size=4).map(
+    lambda values: torch.tensor(values, dtype=torch.float64)
+)
+few_examples = settings(deadline=None, max_examples=3)  # at each of 70 lengths
 
 
 def subtree(names: list[str]) -> str:
@@ -19,11 +28,14 @@ def subtree(names: list[str]) -> str:
     return f"({subtree(names[:mid])}{subtree(names[mid:])})"
 
 
-def bracketing(i: int) -> str | None:
-    """The definition, written a third time: binary digits of i, largest first, folded left."""
+def bracketing(i: int, first: int = 0) -> str | None:
+    """The definition, written a third time: binary digits of i, largest first, folded left.
+
+    ``first`` is the number in the name of chunk 0.
+    """
     if i == 0:
         return None
-    result, start = "", 0
+    result, start = "", first
     for bit in reversed(range(i.bit_length())):
         if i >> bit & 1:
             tree = subtree([f"x{k}" for k in range(start, start + (1 << bit))])
@@ -52,6 +64,31 @@ def odd_combine(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.tanh(1.3 * left - 0.7 * right.flip(-1)) + 0.2 * left * right
 
 
+def drawn_combine(coefficients: torch.Tensor) -> Combine:
+    a, b, c, d = coefficients
+
+    def combine(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(a * left + b * right.flip(-1) + c * left * right + d)
+
+    return combine
+
+
+def random_chunks(batch: int, n: int, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, n, *shape, dtype=torch.float64, generator=generator)
+
+
+def assert_all_scans_agree(combine: Combine, x: torch.Tensor) -> None:
+    chunks = list(x.unbind(1))
+    expected = torch.stack([x[:, 0] * 0, *sequential_scan(combine, chunks)[1:]], 1)
+    torch.testing.assert_close(blelloch_scan(combine, x), expected)
+    online, seen = OnlineScan(combine), []
+    for chunk in chunks:
+        seen.append(torch.zeros_like(chunk) if online.prefix is None else online.prefix)
+        online.push(chunk)
+    torch.testing.assert_close(torch.stack(seen, 1), expected)
+
+
 @pytest.mark.parametrize("n", LENGTHS)
 def test_every_scan_spells_the_defined_tree(n: int) -> None:
     expected = [bracketing(i) for i in range(n)]
@@ -64,9 +101,16 @@ def test_every_scan_spells_the_defined_tree(n: int) -> None:
         online.push(f"x{i}")
     assert seen == expected
 
-    spelling = Spelling(n)
-    nodes = blelloch_scan(spelling.combine, torch.arange(n)[None])[0].tolist()
-    assert [spelling.strings[k] for k in nodes[1:]] == expected[1:]
+
+@pytest.mark.parametrize("n", LENGTHS)
+@few_examples
+@given(batch=BATCHES)
+def test_the_parallel_scan_spells_the_defined_tree_in_every_row(n: int, batch: int) -> None:
+    spelling = Spelling(batch * n)
+    rows = blelloch_scan(spelling.combine, torch.arange(batch * n).view(batch, n)).tolist()
+    for row, nodes in enumerate(rows):
+        spelled = [spelling.strings[k] for k in nodes[1:]]
+        assert spelled == [bracketing(i, first=row * n) for i in range(1, n)]
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -109,34 +153,44 @@ def test_blelloch_is_as_early_as_possible(n: int) -> None:
     assert len(spelling.calls) == max(depth(bracketing(i) or "") for i in range(n))
 
 
-@settings(deadline=None, max_examples=60)
-@given(n=st.integers(1, 70), batch=st.integers(1, 4), seed=st.integers(0, 2**31))
-def test_matrices_and_a_non_associative_function_agree(n: int, batch: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, n, 2, 2, dtype=torch.float64, generator=generator)
-    for combine in (torch.matmul, odd_combine):
-        expected = sequential_scan(combine, list(x.unbind(1)))
-        actual = blelloch_scan(combine, x)
-        assert actual.shape == x.shape
-        assert not actual[:, 0].any()
-        online = OnlineScan(combine)
-        for i in range(n):
-            if i:
-                torch.testing.assert_close(actual[:, i], expected[i])
-                torch.testing.assert_close(online.prefix, expected[i])
-            online.push(x[:, i])
+@pytest.mark.parametrize("n", LENGTHS)
+@few_examples
+@given(batch=BATCHES, seed=SEEDS)
+def test_products_of_matrices_agree(n: int, batch: int, seed: int) -> None:
+    assert_all_scans_agree(torch.matmul, random_chunks(batch, n, (2, 2), seed))
 
 
-@settings(deadline=None, max_examples=40)
-@given(n=st.integers(2, 70), batch=st.integers(1, 3), seed=st.integers(0, 2**31))
-def test_gradients_agree_with_the_sequential_scan(n: int, batch: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, n, 3, dtype=torch.float64, generator=generator, requires_grad=True)
-    weight = torch.randn(batch, n, 3, dtype=torch.float64, generator=generator)
-    plain = sequential_scan(odd_combine, list(x.unbind(1)))
-    loss = sum((p * weight[:, i]).sum() for i, p in enumerate(plain) if p is not None)
-    (expected,) = torch.autograd.grad(loss, x)
-    (actual,) = torch.autograd.grad((blelloch_scan(odd_combine, x) * weight).sum(), x)
+@pytest.mark.parametrize("n", LENGTHS)
+@few_examples
+@given(batch=BATCHES, seed=SEEDS, coefficients=COEFFICIENTS)
+def test_a_random_function_that_is_not_associative_agrees(
+    n: int, batch: int, seed: int, coefficients: torch.Tensor
+) -> None:
+    combine, x = drawn_combine(coefficients), random_chunks(batch, n, (3,), seed)
+    if n >= 3:
+        a, b, c = x[:, :3].unbind(1)
+        one, other = combine(combine(a, b), c), combine(a, combine(b, c))
+        assert not torch.allclose(one, other, rtol=1e-9, atol=0)
+    assert_all_scans_agree(combine, x)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@few_examples
+@given(batch=BATCHES, seed=SEEDS, coefficients=COEFFICIENTS)
+def test_gradients_agree_with_the_sequential_scan(
+    n: int, batch: int, seed: int, coefficients: torch.Tensor
+) -> None:
+    x, weight = random_chunks(2 * batch, n, (3,), seed).split(batch)
+    inputs = [x.clone().requires_grad_(), coefficients.clone().requires_grad_()]
+
+    def gradients(prefixes: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        loss = sum((prefix * weight[:, i]).sum() for i, prefix in enumerate(prefixes, start=1))
+        reached = 0 * sum(tensor.sum() for tensor in inputs)  # by nothing else if n is 1
+        return torch.autograd.grad(loss + reached, inputs)
+
+    combine = drawn_combine(inputs[1])
+    expected = gradients(sequential_scan(combine, list(inputs[0].unbind(1)))[1:])
+    actual = gradients(list(blelloch_scan(combine, inputs[0]).unbind(1))[1:])
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 

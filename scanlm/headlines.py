@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from scanlm.benchmark.ratios import most_state_bytes
 from scanlm.records import read_metrics
 from scanlm.report_tables import Row, number
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LENGTHS = (180, 1024)  # of test words of S5
+PROMPT = 10_000  # tokens of the prompt whose reading is told beside that of the longest
 STEP = {"part": "step", "batch_size": 64, "length": 512, "dtype": "bfloat16", "compiled": "yes"}
 
 
@@ -29,6 +31,11 @@ def _row(what: str, texts: list[str], source: str) -> Row:
     return {"": what, "scan model": scan, "GPT-2": gpt2, "source": source}
 
 
+def _with_others(source: str, others: int) -> str:
+    """One record's source, and that a row is made of more of them."""
+    return f"{source}; {others} more in [the tables](data/results/README.md)" if others else source
+
+
 def _inference(runs: pd.DataFrame) -> Iterator[Row]:
     for _, run in runs[(runs["experiment"] == "inference") & (runs["model"] == "base")].iterrows():
         metrics = read_metrics(run["path"])
@@ -37,16 +44,26 @@ def _inference(runs: pd.DataFrame) -> Iterator[Row]:
         models = steady["model"].where(~steady["model"].str.startswith("gpt2"), "gpt2")
         best = steady.assign(model=models).groupby(["model", "name", "position"])["value"].min()
         positions = sorted(steady["position"].unique())
-        unit = {"ms_per_token": ("a token at position", 3, " ms", 1.0)}
-        unit |= {"prefill_seconds": ("reading a prompt of", 3, " s", 1.0)}
-        unit |= {"state_bytes": ("memory of the state at", 1, " MB", 1e-6)}
-        for name, (what, digits, text, factor) in unit.items():
-            for position in positions if name == "ms_per_token" else positions[-1:]:
+        last = positions[-1]
+        prompts = [position for position in positions if position in (PROMPT, last)]
+
+        def found(name: str, model: str, position: float, best: pd.Series = best) -> float:
+            return float(best.get((model, name, position), float("nan")))
+
+        for name, what, unit, chosen in (
+            ("ms_per_token", "a token at position", " ms", positions),
+            ("prefill_seconds", "reading a prompt of", " s", prompts),
+        ):
+            for position in chosen:
                 values = [
-                    number(factor * best.get((model, name, position), float("nan")), digits, text)
-                    for model in ("scanlm", "gpt2")
+                    number(found(name, model, position), 3, unit) for model in ("scanlm", "gpt2")
                 ]
                 yield _row(f"{what} {position:,.0f}", values, run["source"])
+        # the scan model's at the last position may be the least of all, GPT-2's is the most
+        scan = most_state_bytes(run["parameters"], int(last))
+        gpt2 = found("state_bytes", "gpt2", last)
+        values = [number(held / 1e6, 1, " MB") for held in (scan, gpt2)]
+        yield _row(f"memory of the state, at most, up to {last:,.0f}", values, run["source"])
 
 
 def _training(runs: pd.DataFrame) -> Iterator[Row]:
@@ -69,12 +86,13 @@ def _training(runs: pd.DataFrame) -> Iterator[Row]:
 
 
 def _perplexity(runs: pd.DataFrame) -> Iterator[Row]:
-    from scanlm.plotting.figures import NoRecords, compared_runs
+    from scanlm.plotting.figures import NoRecords, compared_runs, unscanned
 
     try:
         runs = compared_runs(runs[runs["experiment"] == "enwiki2019"])
     except NoRecords:
         return
+    runs = runs[~unscanned(runs)]
     values = runs.set_index("model")["summary.perplexity"]
     scan, gpt2 = (values[values.index.str.startswith(name)] for name in ("scanlm", "gpt2"))
     if scan.empty or gpt2.empty:
@@ -84,9 +102,8 @@ def _perplexity(runs: pd.DataFrame) -> Iterator[Row]:
         text += f" to {number(scan.max())} (chunks of {_chunks(scan)})"
     tokens = runs["summary.tokens"].iloc[0] / 1e6
     what = f"perplexity on enwiki2019's validation text, trained on {number(tokens, 1)} M tokens"
-    yield _row(
-        what, [text, number(gpt2.min())], runs.loc[runs["model"] == scan.idxmin(), "source"].iloc[0]
-    )
+    first = runs.loc[runs["model"] == scan.idxmin(), "source"].iloc[0]
+    yield _row(what, [text, number(gpt2.min())], _with_others(first, len(scan)))
 
 
 def _chunks(perplexities: pd.Series) -> str:
@@ -121,4 +138,4 @@ def _state_tracking(runs: pd.DataFrame) -> Iterator[Row]:
                 f"{number(values.max(), 3)}, {len(values)} seeds)"
             )
         what = f"S5, trained to length {trained}: right at length {length:,}, median (range)"
-        yield _row(what, texts, recipe["source"].iloc[0])
+        yield _row(what, texts, _with_others(recipe["source"].iloc[0], len(recipe) - 1))

@@ -145,9 +145,13 @@ def test_ratios_are_of_the_fastest_gpt2_and_the_slowest_of_its_own() -> None:
     for batch, rate in ((1, 10.0), (64, 300.0)):
         row = {"name": "tokens_per_second", "value": rate, "part": "batches", "model": "scanlm"}
         rows.append({**row, "batch_size": batch})
-    found = inference_ratios(pd.DataFrame(rows))
+    shape = {"t2_layers": 2, "n_embd": 8}
+    parameters = {"sizes": {"scan": shape}, "chunk_size": 64, "batch_size": 1, "dtype": "float32"}
+    found = inference_ratios(pd.DataFrame(rows), parameters)
     assert list(found) == list(AIMS)
-    assert list(found.values()) == [1.0, 0.5, 0.25, 0.05, 2.5, 15.0, 2.0, 7.0, 1.0, 30.0]
+    # states: 15 chunks are four digits 1, of 2,048 the most is eleven; the window counts as eight
+    state = (8 + 1 + 2 * 11 - 1) / (8 + 1 + 2 * 4 - 1)
+    assert list(found.values()) == [1.0, 0.5, 0.25, 0.05, 2.5, 15.0, 2.0, 7.0, state, 30.0]
 
 
 def test_combines_of_a_push_are_those_of_the_counter() -> None:

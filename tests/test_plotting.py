@@ -16,7 +16,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from scanlm import trees
 from scanlm.errors import ScanLMError
-from scanlm.plotting import comparison, cost, figures, scan, style, training
+from scanlm.plotting import comparison, cost, figures, inference, scan, style, training
 from scanlm.plotting.architecture import WORDS, architecture
 
 
@@ -432,11 +432,22 @@ def test_state_bytes_are_lines_by_position() -> None:
         {"model": model, "position": p, "value": v}
         for model, p, v in [("gpt2", 1, 8), ("gpt2", 4, 32), ("gla", 1, 16), ("gla", 4, 16)]
     ]
+    rows.append({"model": "scanlm_plain", "position": 4, "value": 1})  # no window to speak of
     (ax,) = cost.state_bytes(pd.DataFrame(rows)).axes
     lines = {line.get_label(): list(line.get_ydata()) for line in ax.lines}
     assert lines == {"GPT-2": [8, 32], "GLA": [16, 16]}
     with pytest.raises(ScanLMError, match="no state_bytes"):
         cost.state_bytes(pd.DataFrame(rows).assign(name="loss"))
+
+
+def test_prompts_are_drawn_once_for_a_model_that_has_several_ways_to_decode() -> None:
+    rows = [
+        {"model": m, "position": p, "value": p, "name": "prefill_seconds", "part": "positions"}
+        for m in ("scanlm", "scanlm_plain", "scanlm_original", "gpt2_graph")
+        for p in (1.0, 2.0)
+    ]
+    (ax,) = inference.prefill(pd.DataFrame(rows)).axes
+    assert [line.get_label() for line in ax.lines] == ["scanlm", "GPT-2, static KV buffer"]
 
 
 def test_memory_bars_are_in_megabytes() -> None:
@@ -550,6 +561,7 @@ def export_run(
         "parameters": {
             "kind": "training",
             "batch_size": 2,
+            "seq_len": 256,
             "steps": steps,
             "lr": lr,
             "config": config,
@@ -575,6 +587,8 @@ def test_chunk_sizes_are_compared_between_runs_that_are_alike(tmp_path: Path) ->
     quality, speed = figures.FIGURES["chunk_sizes"](figures.Records(tmp_path)).axes
     for ax in (quality, speed):
         assert [t.get_text() for t in ax.get_xticklabels()] == ["32", "64", "128"]
+    note = " ".join(quality.figure.get_supxlabel().split())
+    assert note.endswith("m_c128: the sequence is two chunks, so T1 is never called")
 
 
 def test_models_are_compared_on_the_same_tokens_at_their_best_lr(tmp_path: Path) -> None:

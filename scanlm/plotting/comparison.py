@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
-from matplotlib.ticker import EngFormatter, ScalarFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, ScalarFormatter
 
 from scanlm.errors import ScanLMError, nearest
 from scanlm.plotting.style import (
@@ -261,8 +261,10 @@ def cost_curves(
             ax.set_title(f"against {X_LABELS.get(x, x).partition(' (')[0]}")
         axes[0].set_ylabel(NAME_LABELS.get(name, name))
         if name == "perplexity":  # which falls by whole factors
-            axes[0].set_yscale("log", base=2)
+            axes[0].set_yscale("log")
+            axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
             axes[0].yaxis.set_major_formatter(ScalarFormatter())
+            axes[0].minorticks_off()
         axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         if source:
             caption(figure, source)

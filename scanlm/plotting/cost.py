@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
 from scanlm.errors import ScanLMError
+from scanlm.plotting.inference import LABELS, PLAIN
 from scanlm.plotting.style import (
     MUTED,
     T1_COLOR,
@@ -102,7 +103,8 @@ def state_bytes(metrics: pd.DataFrame, source: str | None = None) -> Figure:
 
     Args:
         metrics: rows with ``model``, ``position``, ``value`` (bytes of one sequence's state), and
-            ``name`` == "state_bytes" where there are other metrics too.
+            ``name`` == "state_bytes" where there are other metrics too. The scan model's plain
+            paths are left out.
         source: caption.
 
     Raises:
@@ -110,6 +112,7 @@ def state_bytes(metrics: pd.DataFrame, source: str | None = None) -> Figure:
     """
     rows = metrics[metrics["name"] == "state_bytes"] if "name" in metrics else metrics
     rows = rows.dropna(subset=["position", "value"])
+    rows = rows[~rows["model"].isin(PLAIN)]
     if rows.empty:
         raise ScanLMError("the records have no state_bytes with a position: nothing to draw")
     looks = model_styles(list(rows["model"].unique()))
@@ -119,7 +122,8 @@ def state_bytes(metrics: pd.DataFrame, source: str | None = None) -> Figure:
         for model, part in rows.groupby("model", sort=False):
             look = looks[str(model)]
             values = part.groupby("position")["value"].max()
-            ax.plot(values.index, values, color=look.color, ls=look.linestyle, label=look.label)
+            label = LABELS.get(str(model), look.label)
+            ax.plot(values.index, values, color=look.color, ls=look.linestyle, label=label)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -129,6 +130,20 @@ def _training_tokens(run: pd.Series) -> dict[str, Any]:
     return {name: run["parameters"].get(name) for name in names}
 
 
+def unscanned(runs: pd.DataFrame) -> pd.Series:
+    """Which runs are scan models that never call T1: two chunks need no node of a tree."""
+    config = runs["parameters"].map(lambda p: p.get("config") or {})
+    chunk = config.map(lambda c: c["chunk_size"] if c.get("model_type") == "scanlm" else 0)
+    return runs["parameters"].map(lambda p: p.get("seq_len") or math.inf) <= 2 * chunk
+
+
+def _trained_caption(runs: pd.DataFrame) -> str:
+    """The runs' caption, and which of them must not be taken for a scan."""
+    names = sorted(set(runs.loc[unscanned(runs), "model"]))
+    note = f"; {', '.join(names)}: the sequence is two chunks, so T1 is never called"
+    return source(runs) + (note if names else "")
+
+
 def _chunk_sizes(records: Records) -> Figure:
     def is_scan(parameters: Any) -> bool:
         return (parameters.get("config") or {}).get("model_type") == "scanlm"
@@ -145,8 +160,8 @@ def _chunk_sizes(records: Records) -> Figure:
     runs = runs[runs["parameters"].map(is_scan)]
     sizes = runs["parameters"].map(lambda p: p["config"]["chunk_size"])
     runs = _alike(runs.assign(chunk_size=sizes), condition, "chunk_size")
-    metrics, caption = records.metrics("enwiki2019", runs)
-    return training.chunk_size_comparison(metrics, source=caption)
+    metrics, _ = records.metrics("enwiki2019", runs)
+    return training.chunk_size_comparison(metrics, source=_trained_caption(runs))
 
 
 def compared_runs(runs: pd.DataFrame) -> pd.DataFrame:
@@ -168,8 +183,8 @@ def compared_runs(runs: pd.DataFrame) -> pd.DataFrame:
 def _comparison(draw: Callable[..., Figure]) -> Callable[[Records], Figure]:
     def make(records: Records) -> Figure:
         runs = compared_runs(records.runs("enwiki2019"))
-        metrics, caption = records.metrics("enwiki2019", runs)
-        return draw(metrics, source=caption)
+        metrics, _ = records.metrics("enwiki2019", runs)
+        return draw(metrics, source=_trained_caption(runs))
 
     return make
 
@@ -181,18 +196,15 @@ def _differences(metrics: pd.DataFrame, source: str) -> Figure:
     return comparison.position_differences(metrics, reference, window=16, source=source)
 
 
-def _speed(draw: Callable[..., Figure]) -> Callable[[Records], Figure]:
-    """Of the run with most measurements, the newest of equals, that has what the figure needs."""
+def _speed(draw: Callable[..., Figure], **axes: Any) -> Callable[[Records], Figure]:
+    """Of the newest run that has what the figure needs, measured at ``axes``."""
 
     def make(records: Records) -> Figure:
-        from scanlm.records import read_metrics
-
-        runs = records.runs("training_speed")
-        speeds = read_metrics(*runs["path"]).query("name == 'tokens_per_second'")
-        runs = runs.assign(size=runs["run_id"].map(speeds["run_id"].value_counts()))
-        runs = runs.sort_values(["size", "started"], ascending=False)
+        runs = records.runs("training_speed").sort_values("started", ascending=False)
         for place in range(len(runs)):
             metrics, caption = records.metrics("training_speed", runs.iloc[place : place + 1])
+            for axis, value in axes.items():
+                metrics = metrics[metrics[axis] == value]
             try:
                 return draw(metrics, source=caption)
             except ScanLMError:
@@ -258,9 +270,24 @@ def _cost_by_chunk_size(_: Records) -> Figure:
     return cost.flops_by_part(pd.DataFrame(rows).T)
 
 
-def _state_bytes(metrics: pd.DataFrame, source: str | None = None) -> Figure:
-    one_row = metrics[metrics["part"] == "positions"]  # not the batches
-    return cost.state_bytes(one_row, source=source)
+def _state_bytes(records: Records) -> Figure:
+    """Of the scan model the most it held up to each position.
+
+    What it holds at one depends on the binary digits of the number of chunks.
+    """
+    from scanlm.benchmark.ratios import most_state_bytes
+
+    runs = records.runs("inference")
+    runs = runs[runs["model"] == "base"]
+    if runs.empty:
+        raise NoRecords("no inference records of size base")
+    metrics, caption = records.metrics("inference", runs)
+    others = ("gpt2_dynamic", "gpt2_tuned")  # keep as much as gpt2_graph
+    rows = metrics[(metrics["part"] == "positions") & ~metrics["model"].isin(others)].copy()
+    scan = (rows["model"] == "scanlm") & (rows["name"] == "state_bytes")
+    parameters = runs["parameters"].iloc[0]
+    rows.loc[scan, "value"] = [most_state_bytes(parameters, int(p)) for p in rows["position"][scan]]
+    return cost.state_bytes(rows, source=f"{caption}; scanlm: the most up to each position")
 
 
 def _inference(draw: Callable[..., Figure], size: str = "base") -> Callable[[Records], Figure]:
@@ -278,19 +305,21 @@ def _inference(draw: Callable[..., Figure], size: str = "base") -> Callable[[Rec
     return make
 
 
-def _s5(
-    draw: Callable[..., Figure], *needed: str, beside: str | None = None
+def _states(
+    draw: Callable[..., Figure], *needed: str, beside: str | None = None, group: str = "s5"
 ) -> Callable[[Records], Figure]:
-    """A figure of the S5 runs of the roles that it needs, and of another role if there are any;
+    """A figure of a group's runs of the roles that it needs, and of another role if there are any;
     see ``state_records``. The lengths shaded are the recipe's."""
 
     def make(records: Records) -> Figure:
-        runs = state_records.sort_runs(records.runs("s5"))
+        runs = state_records.sort_runs(records.runs(group))
         recipe = runs[runs["role"] == "recipe"]
         chosen = runs[runs["role"].isin((*needed, beside))]
         if recipe.empty or not set(needed) <= set(chosen["role"]):
-            raise NoRecords(f"no runs of every role of {', '.join(needed)} in the records of s5")
-        metrics, caption = records.metrics("s5", chosen)
+            raise NoRecords(
+                f"no runs of every role of {', '.join(needed)} in the records of {group}"
+            )
+        metrics, caption = records.metrics(group, chosen)
         metrics = metrics.assign(series=metrics["run_id"].map(chosen.set_index("run_id")["series"]))
         trained = recipe["parameters"].iloc[0]["stages"][-1]["length"]
         try:
@@ -301,34 +330,36 @@ def _s5(
     return make
 
 
-def _s5_reach(_: Any, trained: float, runs: pd.DataFrame, caption: str) -> Figure:
+def _states_reach(_: Any, trained: float, runs: pd.DataFrame, caption: str) -> Figure:
     return state_tracking.reach_points(runs, trained, source=caption)
 
 
-def _s5_error(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
-    chance = 1 - 1 / 120
+def _states_error(
+    metrics: pd.DataFrame, trained: float, _: Any, caption: str, order: int = 120
+) -> Figure:
+    chance = 1 - 1 / order
     return state_tracking.error_by_length(metrics, trained, chance=chance, source=caption)
 
 
-def _s5_positions(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
+def _states_positions(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
     return state_tracking.position_heatmap(metrics, trained, source=caption)
 
 
-def _s5_curriculum(metrics: pd.DataFrame, _trained: float, _: Any, caption: str) -> Figure:
+def _states_curriculum(metrics: pd.DataFrame, _trained: float, _: Any, caption: str) -> Figure:
     return state_tracking.curriculum_curves(metrics.assign(order=120), source=caption)
 
 
-def _s5_depth(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
+def _states_depth(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
     tables = {"scan model": state_records.recorded_states(metrics)}
     return state_tracking.error_by_depth(tables, _deepest(trained), source=caption)
 
 
-def _s5_distance(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
+def _states_distance(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
     states = state_records.recorded_states(metrics)
     return state_tracking.state_distance(states, _deepest(trained), source=caption)
 
 
-def _s5_gain(metrics: pd.DataFrame, _trained: float, _: Any, caption: str) -> Figure:
+def _states_gain(metrics: pd.DataFrame, _trained: float, _: Any, caption: str) -> Figure:
     return state_tracking.gain(state_records.recorded_gains(metrics), source=caption)
 
 
@@ -353,7 +384,7 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "loss_wikitext103": _loss("wikitext103"),
     "chunk_sizes": _chunk_sizes,
     "cost_by_chunk_size": _cost_by_chunk_size,
-    "training_speed": _speed(speed.by_model),
+    "training_speed": _speed(speed.by_model, batch_size=64, length=512),
     "training_speed_by_length": _speed(speed.by_length),
     "training_memory_by_length": _speed(partial(speed.by_length, name="peak_memory_bytes")),
     "training_time_by_kernel": _speed(speed.by_kernel),
@@ -362,7 +393,7 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "comparison": _comparison(partial(comparison.cost_curves, xs=("tokens", "flops", "seconds"))),
     "comparison_final": _comparison(comparison.final_values),
     "comparison_positions": _comparison(_differences),
-    "state_bytes": _inference(_state_bytes),
+    "state_bytes": _state_bytes,
     "inference_speed": _inference(inference.timeline, "original"),
     "inference_positions_original": _inference(inference.time_by_position, "original"),
     "inference_positions": _inference(inference.time_by_position),
@@ -371,14 +402,17 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "inference_borders": _inference(inference.borders),
     "inference_chunk_sizes": _inference(inference.chunk_sizes),
     "inference_throughput": _inference(inference.throughput),
-    "s5_error_by_length": _s5(_s5_error, "recipe", beside="baseline"),
-    "s5_reach": _s5(_s5_reach, "recipe", beside="baseline"),
-    "s5_positions": _s5(_s5_positions, "recipe", beside="baseline"),
-    "s5_curriculum": _s5(_s5_curriculum, "recipe"),
-    "s5_depth": _s5(_s5_depth, "recipe"),
-    "s5_distance": _s5(_s5_distance, "recipe"),
-    "s5_gain": _s5(_s5_gain, "recipe"),
-    "s5_ablations": _s5(_s5_reach, "recipe", "ablation"),
+    "s5_error_by_length": _states(_states_error, "recipe", beside="baseline"),
+    "s5_reach": _states(_states_reach, "recipe", beside="baseline"),
+    "s5_positions": _states(_states_positions, "recipe", beside="baseline"),
+    "s5_curriculum": _states(_states_curriculum, "recipe"),
+    "s5_depth": _states(_states_depth, "recipe"),
+    "s5_distance": _states(_states_distance, "recipe"),
+    "s5_gain": _states(_states_gain, "recipe"),
+    "s5_ablations": _states(_states_reach, "recipe", "ablation"),
+    "s4_error_by_length": _states(
+        partial(_states_error, order=24), "recipe", beside="ablation", group="s4"
+    ),
     "circuit_depth": lambda _: state_tracking.circuit_depth(),
 }
 

@@ -45,6 +45,9 @@ LABELS = {
     "gated_deltanet": "Gated DeltaNet",
     "mamba2": "Mamba-2",
 }
+# of the scan model, but not its decoder: prompts they read as ``scanlm`` does, and their state has
+# no fixed size, since T2's window is dropped at a chunk border and grows from there
+PLAIN = ("scanlm_plain", "scanlm_original")
 
 
 def select(metrics: pd.DataFrame, name: str, part: str | None = None) -> pd.DataFrame:
@@ -140,6 +143,7 @@ def _log_times(ax: Axes) -> None:
 def timeline(metrics: pd.DataFrame, source: str | None = None) -> Figure:
     """Time a token and in total while tokens are generated one after another."""
     rows = select(metrics, "ms_per_token", "timeline")
+    rows = rows[rows["n"] == rows["n"].max()]  # the last median may be of a few tokens only
     means = select(metrics, "ms_per_token_mean", "timeline")
     totals = means.sort_values("position").assign(value=means["value"] * means["n"] / 1e3)
     totals["value"] = totals.groupby("model")["value"].cumsum()
@@ -184,6 +188,7 @@ def time_by_position(metrics: pd.DataFrame, source: str | None = None) -> Figure
 def prefill(metrics: pd.DataFrame, source: str | None = None) -> Figure:
     """Seconds to read a prompt, by its length."""
     rows = select(metrics, "prefill_seconds", "positions")
+    rows = rows[~rows["model"].isin(PLAIN)]
     with style():
         figure = new_figure(9.6, 4.4)
         ax = figure.subplots()
@@ -196,8 +201,7 @@ def prefill(metrics: pd.DataFrame, source: str | None = None) -> Figure:
 def memory(metrics: pd.DataFrame, part: str = "positions", source: str | None = None) -> Figure:
     """Memory of the streaming state by position, on logarithmic axes."""
     rows = select(metrics, "state_bytes", part)
-    # the plain path drops T2's window at a chunk border, where these positions lie: no peak
-    rows = rows[~rows["model"].isin(("scanlm_plain", "scanlm_original"))]
+    rows = rows[~rows["model"].isin(PLAIN)]
     with style():
         figure = new_figure(9.6, 4.4)
         ax = figure.subplots()

@@ -93,12 +93,14 @@ def by_chunk_size(metrics: pd.DataFrame, source: str | None = None) -> Figure:
         source: caption.
 
     Raises:
-        ScanLMError: as ``measured``; records without chunk sizes.
+        ScanLMError: as ``measured``; records of one chunk size only.
     """
     rows = measured(metrics)
     first = (rows["length"] == rows["length"].iloc[0]) & (rows["mode"] == "blelloch")
     rows = rows[first & (rows["compiled"] == rows["compiled"].iloc[0])]
     rows = rows.assign(model=rows["model"].str.replace(r"_c\d+$", "", regex=True))
+    if rows["chunk_size"].nunique() < 2:
+        raise ScanLMError("the records have one chunk size only: nothing to draw over it")
     figure = throughput(rows, "chunk_size", source=source, title="Training speed by chunk size")
     figure.axes[0].set_xlabel("chunk size (tokens)")
     return figure

@@ -99,11 +99,11 @@ def family_of(model: str) -> str | None:
 
 
 def model_styles(models: list[str]) -> dict[str, FamilyStyle]:
-    """A style per model id: the family's colour, told apart by line style within a family.
+    """A style per model id: the family's colour, told apart within it by line style and marker.
 
     Ids of no known family get the extra colours in order of appearance.
     """
-    dashes = ("-", "--", ":", "-.")
+    dashes, markers = ("-", "--", ":", "-."), ("P", "X", "*")
     seen: dict[str, int] = {}
     styles = {}
     for model in models:
@@ -116,9 +116,9 @@ def model_styles(models: list[str]) -> dict[str, FamilyStyle]:
         base = FAMILIES[family]
         count = seen[family] = seen.get(family, -1) + 1
         line = base.linestyle if count == 0 else dashes[(dashes.index(base.linestyle) + count) % 4]
-        styles[model] = FamilyStyle(
-            base.label if model == family else model, base.color, base.marker, line
-        )
+        marker = base.marker if count == 0 else markers[(count - 1) % len(markers)]
+        label = base.label if model == family else model
+        styles[model] = FamilyStyle(label, base.color, marker, line)
     return styles
 
 

@@ -9,6 +9,7 @@ series that differ in the seed only become a mean line in a band from the least 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 X_LABELS = {
     "tokens": "tokens trained on",
     "step": "optimiser steps",
-    "seconds": "seconds of training",
+    "seconds": "seconds of training (start and validation included)",
     "flops": "training compute (FLOP)",
 }
 NAME_LABELS = {
@@ -430,6 +431,8 @@ def throughput(
             figure = new_figure(7.4, 4.2)
             ax = figure.subplots()
             for label, look, part in _series(values, by):
+                if values[x].nunique() < 3:  # a line would look like measurements between them
+                    look = replace(look, linestyle="")
                 _draw(ax, part.assign(step=np.nan), x, look, label, faint=False)
             ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter(ScalarFormatter())

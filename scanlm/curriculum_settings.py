@@ -180,6 +180,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "stages": _grow((4, 8, 12, 16), 31_250, lr=1e-4, dropout=0.1, batch_size=32),
         "stories": 100_000,
     },
+    # noise on T1's outputs and more dropout: what four levels of a tree repair, any depth does
     "laptop": {
         "config": {**SCAN_S5, "n_embd": 128, "n_head": 4},
         "group": "S4",
@@ -190,8 +191,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_batch_tokens": 2**14,
         "eval_probe_length": 256,
         "stages": [
-            *_grow((2, 3, 4, 6), 6_000, lr=5e-4),
-            *_grow((8,), 2_000, lr=5e-4, dropout=0.1, schedule="linear", threshold=None),
+            *_grow((2, 3, 4), 6_000, lr=5e-4),
+            *_grow((6,), 6_000, lr=5e-4, state_noise=1.0),
+            *_grow(
+                (8,),
+                2_000,
+                lr=5e-4,
+                dropout=0.2,
+                state_noise=1.0,
+                schedule="linear",
+                threshold=None,
+            ),
         ],
     },
     "smoke": {

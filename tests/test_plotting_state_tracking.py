@@ -78,6 +78,16 @@ def test_series_take_their_familys_color_in_one_order() -> None:
     assert looks["chunks of 2"].color not in {f.color for f in FAMILIES.values()}
 
 
+def test_variants_of_a_family_share_its_color_and_differ_in_line_style() -> None:
+    series = ["scan model", "scan model, dropout 0", "scan model, dropout 0.02", "GPT-2"]
+    looks = draw._looks(series)
+    variants = [looks[name] for name in series[:3]]
+    assert {look.color for look in variants} == {FAMILIES["scanlm"].color}
+    assert len({look.linestyle for look in variants}) == 3
+    assert looks["scan model"].linestyle == "-"
+    assert draw._looks(["Gated DeltaNet, positive eigenvalues"]).popitem()[1].linestyle == "--"
+
+
 # Words by hand
 
 
@@ -90,7 +100,9 @@ def test_a_braid_moves_every_item_as_its_permutation_says() -> None:
     after = {("a", 2, 2), ("b", 2, 1), ("c", 2, 0)}
     assert after <= letters
     assert {("a", 1, 1), ("b", 1, 0), ("c", 1, 2)} <= letters
-    assert [x.get_text() for x in ax.texts if len(x.get_text()) == 3] == ["213", "231"]
+    # places and moves count from 0, as the group's elements do
+    assert [x.get_text() for x in ax.texts if len(x.get_text()) == 3] == ["102", "120"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["0", "1", "2"]
 
 
 def test_a_braid_hides_what_is_not_played_yet() -> None:
@@ -127,15 +139,25 @@ def test_depth_of_a_tree_crosses_a_fixed_network() -> None:
 def test_error_by_length_draws_one_precision_and_the_mean_of_seeds() -> None:
     figure = draw.error_by_length(METRICS, trained_length=8, chance=5 / 6)
     ax = figure.axes[0]
-    gpt2 = line(ax, "GPT-2 (2 seeds)")
+    gpt2 = line(ax, "GPT-2 (mean of 2 seeds)")
     assert list(gpt2.get_xdata()) == LENGTHS
     assert gpt2.get_ydata()[1] == pytest.approx(0.105)
     assert ax.get_xscale() == ax.get_yscale() == "log"
     words = [t.get_text() for t in ax.texts]
     assert words == ["trained on", "guessing"]
     assert ax.get_legend_handles_labels()[1][0].startswith("scan model")
+    assert ax.get_legend().get_title().get_text() == "band: range over the seeds"
     bf16 = draw.error_by_length(METRICS, dtype="bfloat16").axes[0]
     assert line(bf16, "GPT-2").get_ydata()[1] == pytest.approx(0.155)
+
+
+def test_the_legend_says_what_the_band_of_one_seed_is() -> None:
+    one = METRICS[METRICS["run_id"] == "scan0"]
+    assert draw.error_by_length(one).axes[0].get_legend() is None
+    bounds = one.assign(low=one["value"] - 0.01, high=one["value"])
+    legend = draw.error_by_length(bounds).axes[0].get_legend()
+    assert legend.get_title().get_text() == "band: 95 % interval"
+    assert [t.get_text() for t in legend.get_texts()] == ["scan model"]
 
 
 def test_no_errors_are_drawn_at_the_edge_as_hollow_points() -> None:
@@ -183,27 +205,64 @@ def test_reach_is_ordered_by_the_median() -> None:
     reaches = pd.DataFrame(rows, columns=["series", "reach"])
     ax = draw.reach_points(reaches, trained_length=16).axes[0]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["GLA", "GPT-2", "scan model"]
-    assert [t.get_text() for t in ax.texts] == ["0", "20", "602", "trained on"]
+    # one run's value stands beside its point, a median above its own place, not beside a point
+    assert [t.get_text() for t in ax.texts] == ["0", "median 20", "median 602", "trained on"]
+    assert [t.xy[0] for t in ax.texts[:3]] == [1, 20, 602]
+
+
+def test_runs_of_equal_reach_are_all_seen() -> None:
+    reaches = pd.DataFrame({"series": "scan model", "reach": [512, 512, 180]})
+    ax = draw.reach_points(reaches).axes[0]
+    points = next(x for x in ax.lines if len(x.get_xdata()) == 3)
+    assert len(set(zip(points.get_xdata(), points.get_ydata(), strict=True))) == 3
 
 
 # Training
 
 
+def curriculum(ends: dict[int, int], run: str = "a", **more: Any) -> pd.DataFrame:
+    """A run whose stages end at these steps."""
+    rows, start = [], 0
+    for length, end in ends.items():
+        for step in range(start + 1, end + 1):
+            row = {"run_id": run, "series": "scan model", "step": step, "length": length, **more}
+            rows.append({**row, "name": "loss", "split": "train", "value": 1.0})
+            rows.append({**row, "name": "accuracy_last", "split": "validation", "value": 0.5})
+        start = end
+    return pd.DataFrame(rows)
+
+
 def test_curricula_show_stages_and_what_a_guess_beyond_the_last_stage_loses() -> None:
-    rows = []
-    for step in range(1, 21):
-        length = 2 if step <= 8 else 3
-        row = {"run_id": "a", "series": "scan model", "seed": 0, "step": step, "length": length}
-        rows.append({**row, "name": "loss", "split": "train", "value": 1.0, "order": 6})
-        rows.append(
-            {**row, "name": "accuracy_last", "split": "validation", "value": 0.5, "order": 6}
-        )
-    top, bottom = draw.curriculum_curves(pd.DataFrame(rows)).axes
-    assert [t.get_text() for t in top.texts] == ["2", "3"]
+    top, bottom = draw.curriculum_curves(curriculum({2: 8, 3: 20}, order=6)).axes
+    assert [t.get_text() for t in top.texts] == ["2", "3", "length of words: "]
+    assert [t.xy[0] for t in top.texts[:2]] == [4, 14]
     levels = [x.get_ydata()[0] for x in top.lines if len(x.get_xdata()) == 2]
     assert np.log(6) / 2 in levels  # one of two positions unknown
     assert pytest.approx(np.log(6) / 3) in levels  # one of three
+    assert [t.get_text() for t in top.get_legend().get_texts()] == [draw.LEVELS]
+    assert top.get_ylabel().startswith("training loss")
     assert len(line(bottom, "scan model").get_xdata()) == 20
+
+
+def test_short_stages_side_by_side_share_a_label() -> None:
+    stages = curriculum({2: 100, 3: 101, 4: 103, 8: 200, 16: 202})
+    top = draw.curriculum_curves(stages).axes[0]
+    places = {t.get_text(): t.xy[0] for t in top.texts}
+    assert places == {"2": 50, "3, 4": 101.5, "8": 151.5, "16": 201, "length of words: ": 0}
+
+
+def test_a_note_says_whose_stages_are_drawn() -> None:
+    first = curriculum({2: 8, 3: 20}, seed=3)
+    second = curriculum({2: 10, 3: 22}, run="b", seed=4)
+    other = curriculum({2: 5, 3: 17}, run="c", seed=3).assign(series="GPT-2")
+
+    def note(*runs: pd.DataFrame) -> str:
+        top = draw.curriculum_curves(pd.concat(runs)).axes[0]
+        return str(top.texts[-1].get_text())
+
+    assert note(first) == "length of words: "
+    assert note(first, second) == "strong line, lengths, borders, dashes: seed 3"
+    assert note(first, other) == "lengths, borders, dashes: scan model"
 
 
 # Depth
@@ -226,8 +285,19 @@ def test_errors_by_depth_are_means_over_the_prefixes_of_a_depth() -> None:
     ax = draw.error_by_depth({"scan model": DEPTHS}, trained_depth=1).axes[0]
     assert list(line(ax, "the model's answer").get_ydata()) == pytest.approx([0, 0, 0.3])
     assert line(ax, "nearest leaf").get_ydata()[2] == pytest.approx(0.25)
-    several = draw.error_by_depth({"a": DEPTHS, "b": DEPTHS}).axes[0]
-    assert [t.get_text() for t in several.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_several_models_have_a_panel_each_on_one_scale() -> None:
+    deeper = DEPTHS.assign(depth=DEPTHS["depth"] + 3, distance_right=2.0)
+    for figure in (
+        draw.error_by_depth({"a": DEPTHS, "b": deeper}, trained_depth=1),
+        draw.state_distance({"a": DEPTHS, "b": deeper}),
+    ):
+        assert [ax.get_title(loc="left") for ax in figure.axes] == ["a", "b"]
+        left, right = figure.axes
+        assert left.get_xlim() == right.get_xlim()
+        assert left.get_ylim() == right.get_ylim()
+        assert len(left.get_legend().get_texts()) >= 2
 
 
 def test_distances_need_leaves() -> None:

@@ -6,6 +6,7 @@ Curves take the long frame of ``scanlm.records.read_metrics`` with a column ``se
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
 
 SCAN = FAMILIES["scanlm"].color
 SHADE = "#F1E9DC"  # lengths that were trained on
-NARROWEST = 0.015  # share of the steps that a stage needs to have its length written above it
+NARROWEST = 0.025  # share of the steps that a stage needs for a label of its own
+LEVELS = "the stage before known, the rest guessed"
+VARIANTS = ("-", "--", ":", "-.")  # of one family, in the order of their labels
 # five items in a hand of cards, told apart without their colours by their letters
 ITEM_COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
 TITLES = {
@@ -84,15 +87,23 @@ def _looks(series: Sequence[str]) -> dict[str, FamilyStyle]:
     # settings of one model (chunk sizes, ablations) are not families
     colors = sequence_colors(len(unknown)) if len(unknown) > len(EXTRA_COLORS) else EXTRA_COLORS
     looks = {}
+    # a family's own label has its own line; its variants ("scan model, dropout 0") come after
+    relatives = Counter(name for name in series if name in by_label)
     for name in series:
-        base = by_label.get(name) or by_label.get(name.split(", ")[0])
+        base = by_label.get(name)
+        if base is not None:
+            looks[name] = FamilyStyle(name, base.color, base.marker, base.linestyle)
+            continue
+        root = name.split(", ")[0]
+        base = by_label.get(root)
         if base is None:
             looks[name] = FamilyStyle(name, colors[unknown.index(name)], "o")
-        else:
-            dashed = name not in by_label and "positive" in name
-            looks[name] = FamilyStyle(
-                name, base.color, base.marker, "--" if dashed else base.linestyle
-            )
+            continue
+        place = relatives[root]
+        if place == 0 and "positive" in name:  # dashed without its counterpart, too
+            place = 1
+        relatives[root] += 1
+        looks[name] = FamilyStyle(name, base.color, base.marker, VARIANTS[place % 4])
     return looks
 
 
@@ -100,6 +111,10 @@ def _ordered(series: pd.Series) -> list[str]:
     """Labels in the order of their first row, the scan model in front."""
     labels = list(series.dropna().unique())
     return sorted(labels, key=lambda label: label != "scan model")
+
+
+def _seeds(rows: pd.DataFrame) -> int:
+    return int(rows["run_id"].nunique())
 
 
 def _need(metrics: pd.DataFrame, what: str, rows: pd.DataFrame) -> pd.DataFrame:
@@ -172,6 +187,9 @@ def circuit_depth(length: int = 65536, layers: int = 12, composed: int = 2) -> F
 def braid(group: Group, word: Sequence[int], shown: int | None = None) -> Figure:
     """A word of permutations, played: every item's line from place to place.
 
+    Places count from 0, and a move is written as the images of 0, 1, 2, ...: as the group's
+    ``elements`` are.
+
     Args:
         group: a group of permutations.
         word: indices of its elements.
@@ -215,7 +233,7 @@ def braid(group: Group, word: Sequence[int], shown: int | None = None) -> Figure
                     zorder=4,
                 )
         for i, element in enumerate(word):
-            images = "".join(str(x + 1) for x in group.elements[element])  # type: ignore[union-attr]
+            images = "".join(str(x) for x in group.elements[element])  # type: ignore[union-attr]
             known = i < shown
             ax.annotate(
                 images,
@@ -229,7 +247,7 @@ def braid(group: Group, word: Sequence[int], shown: int | None = None) -> Figure
                 ax.annotate("?", (i + 1, (size - 1) / 2), ha="center", color=FAINT, fontsize=16)
         ax.set_ylim(size - 0.5, -1.15)
         ax.set_xlim(-0.4, len(word) + 0.4)
-        ax.set_yticks(range(size), [str(i + 1) for i in range(size)])
+        ax.set_yticks(range(size))
         ax.set_xticks(range(len(word) + 1))
         ax.set(xlabel="elements read", ylabel="place")
         ax.grid(False)
@@ -245,6 +263,9 @@ def curriculum_curves(
     metrics: pd.DataFrame, references: bool = True, source: str | None = None
 ) -> Figure:
     """Training loss and validation accuracy over the steps, with the stages' lengths.
+
+    Each run has stages of its own length; borders and lengths are those of one run, the first of
+    the first series, which a note names if there are others.
 
     Args:
         metrics: with ``series``; of runs that differ in the seed the first is drawn strongly.
@@ -282,43 +303,81 @@ def curriculum_curves(
                         alpha=0.9 if number == 0 else 0.3,
                         label=label if number == 0 else None,
                     )
-        _stages(top, bottom, loss[loss["series"] == labels[0]], references)
-        top.set(ylabel="loss (nats per position)", title="The curriculum")
+        first = loss[loss["series"] == labels[0]]
+        _stages(top, bottom, first[first["run_id"] == first["run_id"].iloc[0]], references)
+        _whose_stages(top, loss, first, references)
+        top.set(ylabel="training loss\n(nats per position)")
+        top.set_title("The curriculum", pad=24)  # the lengths stand below it
         top.set_ylim(bottom=0)
-        bottom.set(xlabel="optimiser steps", ylabel="last position right", ylim=(-0.03, 1.03))
+        bottom.set(xlabel="optimiser steps", ylabel="validation:\nlast position right")
+        bottom.set_ylim(-0.03, 1.03)
         bottom.yaxis.set_major_formatter(PercentFormatter(1))
         if len(labels) > 1:
-            bottom.legend(loc="lower left")
+            bottom.legend(loc="lower left", handlelength=2.6)
         if source:
             caption(figure, source)
     return figure
 
 
-def _stages(top: Axes, bottom: Axes, loss: pd.DataFrame, references: bool) -> None:
-    """Stage borders of the first run, the lengths above them, and what chance would lose."""
-    run = loss[loss["run_id"] == loss["run_id"].iloc[0]]
+def _stages(top: Axes, bottom: Axes, run: pd.DataFrame, references: bool) -> None:
+    """Stage borders of one run, the lengths above them, and what chance would lose."""
     ends = run.groupby("length")["step"].max().sort_index()
-    start, before = 0.0, 0
-    for length, end in ends.items():
+    start, before = 0.0, 0.0
+    narrow: list[tuple[float, float, float]] = []  # neighbours without room for their own labels
+    labels: list[tuple[float, str]] = []
+
+    def close() -> None:
+        if narrow:
+            text = ", ".join(f"{length:g}" for length, _, _ in narrow)
+            labels.append(((narrow[0][1] + narrow[-1][2]) / 2, text))
+            narrow.clear()
+
+    for length, end in zip(ends.index.to_numpy(float), ends.to_numpy(float), strict=True):
         for ax in (top, bottom):
             if start:
                 ax.axvline(start, color=FAINT, lw=1, zorder=0)
         if end - start > NARROWEST * ends.max():
-            top.annotate(
-                f"{length:g}",
-                ((start + end) / 2, 1.0),
-                xycoords=("data", "axes fraction"),
-                xytext=(0, 3),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8.5,
-                color=MUTED,
-            )
+            close()
+            labels.append(((start + end) / 2, f"{length:g}"))
+        else:
+            narrow.append((length, start, end))
         if references and "order" in run:
-            unknown = (length - (before or 1)) / length  # type: ignore[operator]
-            level = unknown * np.log(run["order"].iloc[0])
-            top.plot([start, end], [level, level], color=MUTED, ls=(0, (4, 3)), lw=1.1, zorder=1)
-        start, before = end, length  # type: ignore[assignment]
+            level = (length - (before or 1)) / length * np.log(run["order"].iloc[0])
+            (dashed,) = top.plot([start, end], [level] * 2, color=MUTED, ls=(0, (4, 3)), lw=1.1)
+            dashed.set(zorder=1, label=LEVELS)
+            top.legend(handles=[dashed], loc="upper right")
+        start, before = end, length
+    close()
+    for x, text in labels:
+        _above(top, text, ("data", "axes fraction"), x, "center")
+    _above(top, "length of words: ", "axes fraction", 0, "right")
+
+
+def _above(ax: Axes, text: str, coordinates: Any, x: float, align: str, points: float = 4) -> None:
+    """A small text above the axes."""
+    ax.annotate(
+        text,
+        (x, 1.0),
+        xycoords=coordinates,
+        xytext=(0, points),
+        textcoords="offset points",
+        ha=align,
+        fontsize=8.5,
+        color=MUTED,
+        annotation_clip=False,
+    )
+
+
+def _whose_stages(top: Axes, loss: pd.DataFrame, first: pd.DataFrame, references: bool) -> None:
+    """Whose run the borders are of, if several are drawn."""
+    if _seeds(loss) == 1:
+        return
+    owner = first["series"].iloc[0]
+    seeds = _seeds(first)
+    if seeds > 1:
+        owner = f"seed {first['seed'].iloc[0]:g}" if "seed" in first else "the first run"
+    whose = ["strong line"] * (seeds > 1) + ["lengths", "borders"] + ["dashes"] * references
+    _above(top, f"{', '.join(whose)}: {owner}", "axes fraction", 1, "right", points=20)
 
 
 # Length
@@ -338,7 +397,8 @@ def error_by_length(
     """Error against length: the headline.
 
     A share of errors of exactly 0 lies at the lower edge, as a hollow point: the true one is
-    below 3 in the number of words measured.
+    below 3 in the number of words measured. Of several seeds the line is the mean and the band
+    the range, of one the band is the 95 % interval if it was recorded; the legend says which.
 
     Args:
         metrics: with the column ``by``.
@@ -367,6 +427,7 @@ def error_by_length(
         figure = new_figure(9.4, 5.0)
         ax = figure.subplots()
         longest = rows["length"].max()
+        bands = []
         if trained_length is not None:
             reach = (
                 trained_length
@@ -395,9 +456,7 @@ def error_by_length(
                 ls=look.linestyle,
                 marker=look.marker,
                 ms=4.5,
-                label=f"{label} ({part['run_id'].nunique()} seeds)"
-                if part["run_id"].nunique() > 1
-                else label,
+                label=f"{label} (mean of {_seeds(part)} seeds)" if _seeds(part) > 1 else label,
             )
             zero = y == 0
             ax.plot(
@@ -411,7 +470,10 @@ def error_by_length(
                 zorder=4,
             )
             low, high = table["min"], table["max"]
-            if part["run_id"].nunique() == 1 and {"low", "high"} <= set(part):
+            if _seeds(part) > 1:
+                bands.append("range over the seeds")
+            elif {"low", "high"} <= set(part):
+                bands.append("95 % interval")
                 bounds = part.groupby("length")[["low", "high"]].mean()
                 low, high = 1 - bounds["high"], 1 - bounds["low"]
             ax.fill_between(
@@ -439,7 +501,7 @@ def error_by_length(
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_xlim(rows["length"].min() * 0.9, longest * 1.1)
-        ax.set_ylim(floor, 1.6)
+        ax.set_ylim(floor, 2.5)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
         ax.yaxis.set_major_formatter(FuncFormatter(_percent))
         ax.set(xlabel="length of the word", ylabel="share of errors")
@@ -453,8 +515,11 @@ def error_by_length(
         depth.set_xlabel("depth of the tree behind the last prefix", fontsize=8.5, color=MUTED)
         depth.tick_params(labelsize=8, length=2)
         depth.spines["top"].set_visible(False)
-        if len(labels) > 1:
-            ax.legend(loc="best")
+        if len(labels) > 1 or bands:
+            note = f"band: {' or '.join(dict.fromkeys(bands))}" if bands else None
+            ax.legend(
+                loc="best", title=note, title_fontsize=8.5, alignment="left", handlelength=2.6
+            )
         if source:
             caption(figure, source)
     return figure
@@ -469,6 +534,8 @@ def reach_points(
 ) -> Figure:
     """The greatest length with 99 % of all positions right, one point a run.
 
+    Equal points stand side by side; of several runs the median is marked and written there.
+
     Args:
         reaches: rows with ``series`` and ``reach``.
         trained_length: marked as a line.
@@ -477,20 +544,25 @@ def reach_points(
     order = reaches.groupby("series")["reach"].median().sort_values().index
     looks = _looks(list(order))
     with style():
-        figure = new_figure(7.8, 0.5 * len(order) + 1.4)
+        figure = new_figure(7.8, 0.55 * len(order) + 1.5)
         ax = figure.subplots()
         for row, label in enumerate(order):
             found = reaches.loc[reaches["series"] == label, "reach"]
             values = found.clip(lower=1)  # a reach of 0 has no place on a logarithmic axis
-            look = looks[label]
-            ax.plot([1, values.median()], [row, row], color=look.color, lw=2, alpha=0.35)
-            ax.plot(values, [row] * len(values), look.marker, color=look.color, ms=8, alpha=0.75)
+            look, middle, several = looks[label], values.median(), len(values) > 1
+            ax.plot([1, middle], [row, row], color=look.color, lw=2, alpha=0.35)
+            equal = values.groupby(values)
+            aside = 0.16 * (equal.cumcount() - (equal.transform("size") - 1) / 2)
+            ax.plot(values, row + aside, look.marker, color=look.color, ms=8, alpha=0.75, mew=0)
+            if several:
+                ax.plot([middle] * 2, [row - 0.24, row + 0.24], color=look.color, lw=1.4)
             ax.annotate(
-                f"{found.median():,.0f}",
-                (values.max(), row),
-                xytext=(9, 0),
+                f"median {found.median():,.0f}" if several else f"{found.iloc[0]:,.0f}",
+                (middle, row + 0.24 * several),
+                xytext=(0, 2) if several else (9, 0),
                 textcoords="offset points",
-                va="center",
+                ha="center" if several else "left",
+                va="bottom" if several else "center",
                 color=MUTED,
                 fontsize=9,
             )
@@ -510,7 +582,7 @@ def reach_points(
         ax.set_xlim(1, max(reaches["reach"].max(), trained_length or 1) * 2)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
         ax.set_yticks(range(len(order)), list(order))
-        ax.set_ylim(-0.6, len(order) - 0.3)
+        ax.set_ylim(-0.6, len(order) - 0.15)
         ax.tick_params(axis="y", length=0)
         ax.grid(False, axis="y")
         ax.grid(axis="x")
@@ -612,85 +684,94 @@ def _depth_axis(ax: Axes, deepest: float, trained_depth: int | None) -> None:
         ax.axvspan(-0.4, trained_depth, color=SHADE, lw=0, zorder=0)
 
 
-def error_by_depth(
+def _depth_panels(
     tables: Mapping[str, pd.DataFrame],
-    trained_depth: int | None = None,
-    source: str | None = None,
+    kinds: Mapping[str, FamilyStyle],
+    title: str,
+    trained_depth: int | None,
+    source: str | None,
 ) -> Figure:
-    """Errors of the answers, and of a linear probe, by depth of the tree.
-
-    Args:
-        tables: frames of ``state_probe.by_depth`` by label; with a single one the probe's and the
-            nearest leaf's errors are drawn too.
-        trained_depth: depths up to this one are shaded.
-        source: caption.
-    """
-    looks = _looks(list(tables))
+    """A panel for each table, side by side on one scale, with a line for each column it has."""
     with style():
-        figure = new_figure(8.2, 4.2)
-        ax = figure.subplots()
-        if len(tables) == 1:
-            ((_, table),) = tables.items()
-            kinds = {
-                "error": FamilyStyle("the model's answer", SCAN, "o"),
-                "probe_error": FamilyStyle("linear probe of the state", "#0072B2", "s"),
-                "nearest_error": FamilyStyle("nearest leaf", "#009E73", "^", "--"),
-            }
+        figure = new_figure(8.2 if len(tables) == 1 else 4.9 * len(tables), 4.2)
+        panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
+        deepest = max(table["depth"].max() for table in tables.values())
+        for ax, (label, table) in zip(panels, tables.items(), strict=True):
             for name, look in kinds.items():
                 if name in table:
                     _by_depth(ax, table, name, look, look.label)
-        else:
-            for label, table in tables.items():
-                _by_depth(ax, table, "error", looks[label], label)
-        _depth_axis(ax, max(t["depth"].max() for t in tables.values()), trained_depth)
-        ax.set_ylim(-0.03, 1.03)
-        ax.yaxis.set_major_formatter(PercentFormatter(1))
-        ax.set(ylabel="share of errors", title="Error by depth of the tree")
-        ax.legend(loc="upper left")
+            _depth_axis(ax, deepest, trained_depth)
+            ax.set_title(title if len(tables) == 1 else label)
+        if len(tables) > 1:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+        panels[0].legend(loc="best")
         if source:
             caption(figure, source)
     return figure
 
 
+def error_by_depth(
+    tables: Mapping[str, pd.DataFrame],
+    trained_depth: int | None = None,
+    source: str | None = None,
+) -> Figure:
+    """Errors of the answers, of a linear probe and of the nearest leaf, by depth of the tree.
+
+    Args:
+        tables: frames of ``state_probe.by_depth`` by label, a panel each.
+        trained_depth: depths up to this one are shaded.
+        source: caption.
+    """
+    kinds = {
+        "error": FamilyStyle("the model's answer", SCAN, "o"),
+        "probe_error": FamilyStyle("linear probe of the state", "#0072B2", "s"),
+        "nearest_error": FamilyStyle("nearest leaf", "#009E73", "^", "--"),
+    }
+    figure = _depth_panels(tables, kinds, "Error by depth of the tree", trained_depth, source)
+    first = figure.axes[0]
+    first.set(ylabel="share of errors", ylim=(-0.03, 1.03))
+    first.yaxis.set_major_formatter(PercentFormatter(1))
+    return figure
+
+
 def state_distance(
-    table: pd.DataFrame, trained_depth: int | None = None, source: str | None = None
+    tables: pd.DataFrame | Mapping[str, pd.DataFrame],
+    trained_depth: int | None = None,
+    source: str | None = None,
 ) -> Figure:
     """How far the states lie from the leaves, by depth: a line that rises is drift.
 
     Args:
-        table: of ``state_probe.by_depth``, of a model with one token a chunk.
+        tables: of ``state_probe.by_depth``, of a model with one token a chunk; or several such
+            tables by label, a panel each.
         trained_depth: depths up to this one are shaded.
         source: caption.
 
     Raises:
         ScanLMError: a table without distances.
     """
-    if "distance" not in table:
+    named = dict(tables) if isinstance(tables, Mapping) else {"": tables}
+    if not all("distance" in table for table in named.values()):
         raise ScanLMError("no distances to leaves: they need a model with chunk_size=1")
-    with style():
-        figure = new_figure(8.2, 4.0)
-        ax = figure.subplots()
-        right = FamilyStyle("to the leaf of its product", "#0072B2", "s")
-        near = FamilyStyle("to the nearest leaf", SCAN, "o")
-        _by_depth(ax, table, "distance_right", right, right.label)
-        _by_depth(ax, table, "distance", near, near.label)
-        _depth_axis(ax, table["depth"].max(), trained_depth)
+    kinds = {
+        "distance_right": FamilyStyle("to the leaf of its product", "#0072B2", "s"),
+        "distance": FamilyStyle("to the nearest leaf", SCAN, "o"),
+    }
+    title = "Distance of prefix states to the leaves"
+    figure = _depth_panels(named, kinds, title, trained_depth, source)
+    for ax in figure.axes:
         ax.axhline(1, color=MUTED, lw=1, ls=(0, (5, 3)))
-        ax.annotate(
-            "mean distance between two leaves",
-            (1.0, 1.0),
-            xycoords=("axes fraction", "data"),
-            xytext=(-3, 3),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8.5,
-            color=MUTED,
-        )
-        ax.set_ylim(bottom=0)
-        ax.set(ylabel="distance", title="Distance of prefix states to the leaves")
-        ax.legend(loc="best")
-        if source:
-            caption(figure, source)
+    figure.axes[0].annotate(
+        "mean distance between two leaves",
+        (1.0, 1.0),
+        xycoords=("axes fraction", "data"),
+        xytext=(-3, -12),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8.5,
+        color=MUTED,
+    )
+    figure.axes[0].set(ylabel="distance", ylim=(0, None))
     return figure
 
 
@@ -743,7 +824,7 @@ def gain(table: pd.DataFrame, source: str | None = None) -> Figure:
             title="Does T1 repair its inputs?",
         )
         if len(parts) > 1:
-            ax.legend()
+            ax.legend(handlelength=2.6)
         if source:
             caption(figure, source)
     return figure

@@ -180,7 +180,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "stages": _grow((4, 8, 12, 16), 31_250, lr=1e-4, dropout=0.1, batch_size=32),
         "stories": 100_000,
     },
-    # noise on T1's outputs and more dropout: what four levels of a tree repair, any depth does
+    # noise on T1's outputs and more dropout late: T1 learns to repair what it is given
     "laptop": {
         "config": {**SCAN_S5, "n_embd": 128, "n_head": 4},
         "group": "S4",

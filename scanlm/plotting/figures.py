@@ -306,20 +306,20 @@ def _inference(draw: Callable[..., Figure], size: str = "base") -> Callable[[Rec
 
 
 def _states(
-    draw: Callable[..., Figure], *needed: str, beside: str | None = None, group: str = "s5"
+    draw: Callable[..., Figure], *needed: str, beside: str | None = None
 ) -> Callable[[Records], Figure]:
-    """A figure of a group's runs of the roles that it needs, and of another role if there are any;
+    """A figure of the S5 runs of the roles that it needs, and of another role if there are any;
     see ``state_records``. The lengths shaded are the recipe's."""
 
     def make(records: Records) -> Figure:
-        runs = state_records.sort_runs(records.runs(group))
+        runs = state_records.sort_runs(records.runs("s5"))
         recipe = runs[runs["role"] == "recipe"]
         chosen = runs[runs["role"].isin((*needed, beside))]
         if recipe.empty or not set(needed) <= set(chosen["role"]):
             raise NoRecords(
                 f"no runs of every role of {', '.join(needed)} in the records of {group}"
             )
-        metrics, caption = records.metrics(group, chosen)
+        metrics, caption = records.metrics("s5", chosen)
         metrics = metrics.assign(series=metrics["run_id"].map(chosen.set_index("run_id")["series"]))
         trained = recipe["parameters"].iloc[0]["stages"][-1]["length"]
         try:
@@ -334,10 +334,8 @@ def _states_reach(_: Any, trained: float, runs: pd.DataFrame, caption: str) -> F
     return state_tracking.reach_points(runs, trained, source=caption)
 
 
-def _states_error(
-    metrics: pd.DataFrame, trained: float, _: Any, caption: str, order: int = 120
-) -> Figure:
-    chance = 1 - 1 / order
+def _states_error(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
+    chance = 1 - 1 / 120
     return state_tracking.error_by_length(metrics, trained, chance=chance, source=caption)
 
 
@@ -410,9 +408,6 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "s5_distance": _states(_states_distance, "recipe"),
     "s5_gain": _states(_states_gain, "recipe"),
     "s5_ablations": _states(_states_reach, "recipe", "ablation"),
-    "s4_error_by_length": _states(
-        partial(_states_error, order=24), "recipe", beside="ablation", group="s4"
-    ),
     "circuit_depth": lambda _: state_tracking.circuit_depth(),
 }
 

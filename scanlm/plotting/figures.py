@@ -316,9 +316,7 @@ def _states(
         recipe = runs[runs["role"] == "recipe"]
         chosen = runs[runs["role"].isin((*needed, beside))]
         if recipe.empty or not set(needed) <= set(chosen["role"]):
-            raise NoRecords(
-                f"no runs of every role of {', '.join(needed)} in the records of {group}"
-            )
+            raise NoRecords(f"no runs of every role of {', '.join(needed)} in the records of s5")
         metrics, caption = records.metrics("s5", chosen)
         metrics = metrics.assign(series=metrics["run_id"].map(chosen.set_index("run_id")["series"]))
         trained = recipe["parameters"].iloc[0]["stages"][-1]["length"]

@@ -320,8 +320,8 @@ def stream(
         raise ScanLMError("the model is in training mode: call model.eval() before streaming")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ScanLMError(f"max_new_tokens={max_new_tokens}: expected an integer >= 1, or None")
-    padded = model._left_padded_lengths(input_ids, attention_mask) is not None
-    if padded and isinstance(past_key_values, ScanCache) and past_key_values.length == 0:
+    empty = isinstance(past_key_values, ScanCache) and past_key_values.length == 0
+    if empty and model._left_padded_lengths(input_ids, attention_mask) is not None:
         raise ScanLMError(
             "past_key_values is an empty ScanCache, whose rows have one length, and attention_mask "
             "pads some: leave past_key_values out"

@@ -380,6 +380,20 @@ def test_padded_rows_do_not_fit_an_empty_cache_of_one_length(
         model.stream(ids, attention_mask=mask, past_key_values=model.new_cache())
 
 
+def test_a_stream_goes_on_under_a_mask_of_all_columns(make_model: Make, make_ids: Make) -> None:
+    model, ids = make_model(), make_ids(2, 5)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    begun = model(ids, attention_mask=mask, use_cache=True)
+    whole = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
+    more, cache = make_ids(2, 1), begun.past_key_values
+    (token,) = model.stream(
+        more, attention_mask=whole, past_key_values=cache.fork(), max_new_tokens=1
+    )
+    expected = model(more, attention_mask=whole, past_key_values=cache).logits[:, -1].argmax(-1)
+    assert torch.equal(token, expected)
+
+
 def test_an_empty_prompt_is_refused(make_model: Make) -> None:
     with pytest.raises(ScanLMError, match="at least one token"):
         make_model().stream(torch.zeros(1, 0, dtype=torch.long))

@@ -173,9 +173,7 @@ class ScanCache:
         Raises:
             ScanLMError: nothing was seen yet, or the file cannot be written.
         """
-        batch = self.batch_size
-        if batch is None:
-            raise ScanLMError("an empty cache has nothing to save: run the model on a prompt first")
+        batch = _saved_batch(self.batch_size)
         about = {
             "batch_size": str(batch),
             "length": str(self.length),
@@ -245,6 +243,12 @@ def _model_of(aggregate: Aggregate) -> Any:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
+
+
+def _saved_batch(batch_size: int | None) -> int:
+    if batch_size is None:
+        raise ScanLMError("an empty cache has nothing to save: run the model on a prompt first")
+    return batch_size
 
 
 def _write(
@@ -431,9 +435,7 @@ class RaggedScanCache:
         Raises:
             ScanLMError: nothing was seen yet, or the file cannot be written.
         """
-        batch = self.batch_size
-        if batch is None:
-            raise ScanLMError("an empty cache has nothing to save: run the model on a prompt first")
+        batch = _saved_batch(self.batch_size)
         tensors: dict[str, Tensor] = {}
         for i, (rows, cache) in enumerate(self.parts):
             tensors |= {f"{i}.{name}": t for name, t in cache._named().items()}

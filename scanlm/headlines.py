@@ -37,31 +37,31 @@ def _with_others(source: str, others: int) -> str:
 
 
 def _inference(runs: pd.DataFrame) -> Iterator[Row]:
+    from scanlm.plotting.inference import best_gpt2
+
     for _, run in runs[(runs["experiment"] == "inference") & (runs["model"] == "base")].iterrows():
         metrics = read_metrics(run["path"])
         steady = metrics[metrics["part"] == "positions"]
-        # of several ways to run GPT-2 the fastest at each position
-        models = steady["model"].where(~steady["model"].str.startswith("gpt2"), "gpt2")
-        best = steady.assign(model=models).groupby(["model", "name", "position"])["value"].min()
         positions = sorted(steady["position"].unique())
         last = positions[-1]
         prompts = [position for position in positions if position in (PROMPT, last)]
 
-        def found(name: str, model: str, position: float, best: pd.Series = best) -> float:
-            return float(best.get((model, name, position), float("nan")))
+        def found(name: str, position: float, steady: pd.DataFrame = steady) -> list[float]:
+            """Of the scan model and of the best GPT-2."""
+            rows = steady[(steady["name"] == name) & (steady["position"] == position)]
+            scan = rows.loc[rows["model"] == "scanlm", "value"]
+            return [float(values.min()) for values in (scan, best_gpt2(rows))]
 
         for name, what, unit, chosen in (
             ("ms_per_token", "a token at position", " ms", positions),
             ("prefill_seconds", "reading a prompt of", " s", prompts),
         ):
             for position in chosen:
-                values = [
-                    number(found(name, model, position), 3, unit) for model in ("scanlm", "gpt2")
-                ]
+                values = [number(value, 3, unit) for value in found(name, position)]
                 yield _row(f"{what} {position:,.0f}", values, run["source"])
         # the scan model's at the last position may be the least of all, GPT-2's is the most
         scan = most_state_bytes(run["parameters"], int(last))
-        gpt2 = found("state_bytes", "gpt2", last)
+        _, gpt2 = found("state_bytes", last)
         values = [number(held / 1e6, 1, " MB") for held in (scan, gpt2)]
         yield _row(f"memory of the state, at most, up to {last:,.0f}", values, run["source"])
 

@@ -324,9 +324,9 @@ class _Schedule(TrainerCallback):
         step, s = state.global_step, self.settings
         last = step >= s.steps
         control.should_evaluate = last or step % s.eval_every == 0
-        # an interval never spans a checkpoint, since its sum of losses is not in it
         if self.interrupted() and not last:
             control.should_save = control.should_training_stop = True
+        # an interval never spans a checkpoint, since its sum of losses is not in it
         control.should_log = last or step % s.log_every == 0 or control.should_save
         self.display.advance(step)
 

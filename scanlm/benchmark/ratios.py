@@ -78,9 +78,9 @@ def inference_ratios(metrics: pd.DataFrame, parameters: Mapping[str, Any]) -> di
 
     bandwidths = metrics.loc[metrics["name"] == "bandwidth", "value"]
     bandwidth = float(bandwidths.iloc[0]) if len(bandwidths) else math.nan
-    batches = metrics.reindex(columns=[*metrics.columns.union(["batch_size"])])
-    batches = batches[(batches["part"] == "batches") & (batches["model"] == "scanlm")]
-    rates = batches[batches["name"] == "tokens_per_second"].groupby("batch_size")["value"].max()
+    batches = metrics[(metrics["part"] == "batches") & (metrics["model"] == "scanlm")]
+    batches = batches[batches["name"] == "tokens_per_second"]
+    rates = dict(zip(batches.get("batch_size", ()), batches["value"], strict=True))
     recurrent = [
         token(model, position) / token("scanlm", position)
         for model in ("gla", "gated_deltanet")

@@ -70,13 +70,26 @@ class Records:
         return records.read_metrics(*runs["path"]), source(runs)
 
 
+def unscanned(runs: pd.DataFrame) -> pd.Series:
+    """Which runs are scan models that never call T1: two chunks need no node of a tree."""
+    config = runs["parameters"].map(lambda p: p.get("config") or {})
+    chunk = config.map(lambda c: c["chunk_size"] if c.get("model_type") == "scanlm" else 0)
+    return runs["parameters"].map(lambda p: p.get("seq_len") or math.inf) <= 2 * chunk
+
+
 def source(runs: pd.DataFrame) -> str:
-    """One caption for all runs of a figure: the line of the first, and how many more there are."""
+    """One caption for all runs of a figure: the line of the first, and how many more there are.
+
+    It says which of them must not be taken for a scan.
+    """
     from scanlm import records
 
     more = len(runs) - 1
     line = str(records.source_line(runs.iloc[0]))
-    return line + (f"; and {more} more run{'s' if more > 1 else ''}" if more else "")
+    line += f"; and {more} more run{'s' if more > 1 else ''}" if more else ""
+    names = sorted(set(runs.loc[unscanned(runs), "model"]))
+    note = f"; {', '.join(names)}: the sequence is two chunks, so T1 is never called"
+    return line + (note if names else "")
 
 
 def _loss(experiment: str) -> Callable[[Records], Figure]:
@@ -130,20 +143,6 @@ def _training_tokens(run: pd.Series) -> dict[str, Any]:
     return {name: run["parameters"].get(name) for name in names}
 
 
-def unscanned(runs: pd.DataFrame) -> pd.Series:
-    """Which runs are scan models that never call T1: two chunks need no node of a tree."""
-    config = runs["parameters"].map(lambda p: p.get("config") or {})
-    chunk = config.map(lambda c: c["chunk_size"] if c.get("model_type") == "scanlm" else 0)
-    return runs["parameters"].map(lambda p: p.get("seq_len") or math.inf) <= 2 * chunk
-
-
-def _trained_caption(runs: pd.DataFrame) -> str:
-    """The runs' caption, and which of them must not be taken for a scan."""
-    names = sorted(set(runs.loc[unscanned(runs), "model"]))
-    note = f"; {', '.join(names)}: the sequence is two chunks, so T1 is never called"
-    return source(runs) + (note if names else "")
-
-
 def _chunk_sizes(records: Records) -> Figure:
     def is_scan(parameters: Any) -> bool:
         return (parameters.get("config") or {}).get("model_type") == "scanlm"
@@ -160,8 +159,8 @@ def _chunk_sizes(records: Records) -> Figure:
     runs = runs[runs["parameters"].map(is_scan)]
     sizes = runs["parameters"].map(lambda p: p["config"]["chunk_size"])
     runs = _alike(runs.assign(chunk_size=sizes), condition, "chunk_size")
-    metrics, _ = records.metrics("enwiki2019", runs)
-    return training.chunk_size_comparison(metrics, source=_trained_caption(runs))
+    metrics, caption = records.metrics("enwiki2019", runs)
+    return training.chunk_size_comparison(metrics, source=caption)
 
 
 def compared_runs(runs: pd.DataFrame) -> pd.DataFrame:
@@ -183,8 +182,8 @@ def compared_runs(runs: pd.DataFrame) -> pd.DataFrame:
 def _comparison(draw: Callable[..., Figure]) -> Callable[[Records], Figure]:
     def make(records: Records) -> Figure:
         runs = compared_runs(records.runs("enwiki2019"))
-        metrics, _ = records.metrics("enwiki2019", runs)
-        return draw(metrics, source=_trained_caption(runs))
+        metrics, caption = records.metrics("enwiki2019", runs)
+        return draw(metrics, source=caption)
 
     return make
 
@@ -305,7 +304,7 @@ def _inference(draw: Callable[..., Figure], size: str = "base") -> Callable[[Rec
     return make
 
 
-def _states(
+def _s5(
     draw: Callable[..., Figure], *needed: str, beside: str | None = None
 ) -> Callable[[Records], Figure]:
     """A figure of the S5 runs of the roles that it needs, and of another role if there are any;
@@ -328,34 +327,34 @@ def _states(
     return make
 
 
-def _states_reach(_: Any, trained: float, runs: pd.DataFrame, caption: str) -> Figure:
+def _s5_reach(_: Any, trained: float, runs: pd.DataFrame, caption: str) -> Figure:
     return state_tracking.reach_points(runs, trained, source=caption)
 
 
-def _states_error(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
+def _s5_error(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
     chance = 1 - 1 / 120
     return state_tracking.error_by_length(metrics, trained, chance=chance, source=caption)
 
 
-def _states_positions(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
+def _s5_positions(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
     return state_tracking.position_heatmap(metrics, trained, source=caption)
 
 
-def _states_curriculum(metrics: pd.DataFrame, _trained: float, _: Any, caption: str) -> Figure:
+def _s5_curriculum(metrics: pd.DataFrame, _trained: float, _: Any, caption: str) -> Figure:
     return state_tracking.curriculum_curves(metrics.assign(order=120), source=caption)
 
 
-def _states_depth(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
+def _s5_depth(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
     tables = {"scan model": state_records.recorded_states(metrics)}
     return state_tracking.error_by_depth(tables, _deepest(trained), source=caption)
 
 
-def _states_distance(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
+def _s5_distance(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
     states = state_records.recorded_states(metrics)
     return state_tracking.state_distance(states, _deepest(trained), source=caption)
 
 
-def _states_gain(metrics: pd.DataFrame, _trained: float, _: Any, caption: str) -> Figure:
+def _s5_gain(metrics: pd.DataFrame, _trained: float, _: Any, caption: str) -> Figure:
     return state_tracking.gain(state_records.recorded_gains(metrics), source=caption)
 
 
@@ -398,14 +397,14 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "inference_borders": _inference(inference.borders),
     "inference_chunk_sizes": _inference(inference.chunk_sizes),
     "inference_throughput": _inference(inference.throughput),
-    "s5_error_by_length": _states(_states_error, "recipe", beside="baseline"),
-    "s5_reach": _states(_states_reach, "recipe", beside="baseline"),
-    "s5_positions": _states(_states_positions, "recipe", beside="baseline"),
-    "s5_curriculum": _states(_states_curriculum, "recipe"),
-    "s5_depth": _states(_states_depth, "recipe"),
-    "s5_distance": _states(_states_distance, "recipe"),
-    "s5_gain": _states(_states_gain, "recipe"),
-    "s5_ablations": _states(_states_reach, "recipe", "ablation"),
+    "s5_error_by_length": _s5(_s5_error, "recipe", beside="baseline"),
+    "s5_reach": _s5(_s5_reach, "recipe", beside="baseline"),
+    "s5_positions": _s5(_s5_positions, "recipe", beside="baseline"),
+    "s5_curriculum": _s5(_s5_curriculum, "recipe"),
+    "s5_depth": _s5(_s5_depth, "recipe"),
+    "s5_distance": _s5(_s5_distance, "recipe"),
+    "s5_gain": _s5(_s5_gain, "recipe"),
+    "s5_ablations": _s5(_s5_reach, "recipe", "ablation"),
     "circuit_depth": lambda _: state_tracking.circuit_depth(),
 }
 

@@ -74,7 +74,7 @@ def test_overrides_reach_stages_and_config() -> None:
     assert {stage.dropout for stage in settings.stages} == {0}
     assert settings.stages[-1].lr == 1e-4
     assert settings.config["n_embd"] == 96
-    assert preset_settings("paper").stages[-1].dropout == 0.1
+    assert preset_settings("paper").stages[-1].dropout == 0.2
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,9 @@ operations a step.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any, cast
+
 import torch
 from torch import nn
 from transformers import GPT2LMHeadModel
@@ -23,8 +26,8 @@ def compile_model(model: nn.Module, backend: str = "inductor", many_shapes: bool
     """Compile a model in place; its parameters keep their names.
 
     A scan model: the leaves, T2's blocks and its final norm, T1 for any number of pairs, and the
-    loss. Another model: as a whole. Call it before the
-    model is wrapped for several ranks, and evaluate under
+    loss. Mamba2: its blocks, in whose plain torch a compiler has most to fuse. Another model: as a
+    whole. Call it before the model is wrapped for several ranks, and evaluate under
     ``torch.compiler.set_stance("eager_on_recompile")``, so that a batch of another shape is not
     compiled for.
 
@@ -36,9 +39,14 @@ def compile_model(model: nn.Module, backend: str = "inductor", many_shapes: bool
     """
     kernels.trusted(next(model.parameters()).device)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+    blocks: Iterable[nn.Module] = ()
     if isinstance(model, GPT2LMHeadModel) and many_shapes:
-        for block in model.transformer.h:
-            block.compile(backend=backend, dynamic=False)
+        blocks = model.transformer.h
+    elif getattr(getattr(model, "config", None), "model_type", None) == "mamba2":
+        blocks = cast(Any, model).backbone.layers
+    for block in blocks:
+        block.compile(backend=backend, dynamic=False)
+    if blocks:
         return
     if not isinstance(model, ScanLMForCausalLM):
         model.compile(backend=backend)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from scanlm.baselines import build_model
 from scanlm.causal_gpt2 import CausalGPT2LMHeadModel
 from scanlm.compiling import compile_model
 from scanlm.loss import loss_only
@@ -44,6 +45,19 @@ def test_the_step_is_the_same(make_model: Make, make_ids: Make, shape: dict[str,
     torch.testing.assert_close(step(model, ids), expected, rtol=1e-10, atol=1e-10)
     assert counters["stats"]["unique_graphs"] > 0
     assert not counters["graph_break"]
+
+
+def test_blocks_of_mamba2_share_their_code(make_ids: Make) -> None:
+    numbers = []
+    for layers in (1, 3):
+        torch._dynamo.reset()
+        counters.clear()
+        model = build_model("mamba2_tiny", vocab_size=97, num_hidden_layers=layers).double()
+        expected = step(model, make_ids(2, 22))
+        compile_model(model, backend="aot_eager")
+        torch.testing.assert_close(step(model, make_ids(2, 22)), expected, rtol=1e-9, atol=1e-9)
+        numbers.append(int(counters["stats"]["unique_graphs"]))
+    assert numbers[0] == numbers[1] > 0
 
 
 def graphs_after(steps: int, model: Any, ids: Tensor) -> int:

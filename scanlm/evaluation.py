@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from scanlm.records import Run
 
 CONTEXTS = ("blocks", "sliding", "streaming")
+WORDS = ("best", "latest")  # for steps, which ``load_checkpoint`` knows
 DEFAULT_SEQ_LEN = 512  # the original's
 PADDED_VOCABULARY = 128  # models round their vocabulary up to such multiples for tensor cores
 
@@ -75,7 +76,8 @@ def evaluate(
         seq_len: tokens a block, window or piece reads; default that of the run, else 512 or as many
             as the model has positions for.
         stride: of "sliding"; default half of ``seq_len``.
-        steps: of a run: which checkpoints, in this order; "all"; default the latest.
+        steps: of a run: which checkpoints, in this order: steps, "best", "latest" or "all";
+            default the latest.
         batch_size: blocks at a time; no result depends on it.
         original_positions: leave out each chunk's first token, as the original does.
         chunk_size: for ``original_positions``; default the model's own.
@@ -232,15 +234,24 @@ def _check_vocabulary(loaded: Loaded, tokens: TokenizedCorpus) -> None:
 def _steps(target: str | Path, steps: Sequence[int | str] | str | None) -> list[int | str | None]:
     if steps is None:
         return [None]
-    if steps == "all":
-        found = checkpoints(Path(target).expanduser())
-        if not found:
-            raise ScanLMError(f"{str(target)!r} holds no checkpoints to choose steps from")
-        return list(found)
-    chosen = [steps] if isinstance(steps, str | int) else list(steps)
+    chosen: list[int | str | None] = []
+    for step in [steps] if isinstance(steps, str | int) else steps:
+        if step == "all":
+            found = checkpoints(Path(target).expanduser())
+            if not found:
+                raise ScanLMError(f"{str(target)!r} holds no checkpoints to choose steps from")
+            chosen += found
+        elif isinstance(step, int) or step in WORDS:
+            chosen.append(step)
+        elif step.isdecimal():
+            chosen.append(int(step))
+        else:
+            raise ScanLMError(
+                f"unknown step {step!r}: expected a number, or one of all, {', '.join(WORDS)}"
+            )
     if not chosen:
         raise ScanLMError("steps is empty: name at least one, or leave it out for the latest")
-    return [int(s) if isinstance(s, str) and s.isdigit() else s for s in chosen]
+    return chosen
 
 
 def _resolve(

@@ -160,6 +160,7 @@ def test_several_checkpoints_of_a_run(check, tmp_path):
     alone = [check(run / f"checkpoint-{s}")[0]["loss"] for s in (20, 5)]
     assert [row["loss"] for row in rows] == alone
     assert [row["step"] for row in check(run, steps="all")] == [5, 10, 20]
+    assert [row["step"] for row in check(run, steps=["all"])] == [5, 10, 20]
     assert [row["step"] for row in check(run)] == [20]
 
 
@@ -266,6 +267,7 @@ def test_a_padded_vocabulary_is_accepted(check, tmp_path):
         ({"split": "tset"}, "has no split 'tset'; it has train, test"),
         ({"steps": []}, "steps is empty"),
         ({"steps": "all"}, "holds no checkpoints to choose steps from"),
+        ({"steps": "lates"}, "unknown step 'lates': expected a number, or one of all, best"),
         ({"seq_len": 33}, "seq_len=33 is longer than the 32 positions of this gpt2 model"),
     ],
 )

@@ -31,6 +31,7 @@ from scanlm.curriculum_settings import (
     preset_settings,
 )
 from scanlm.curriculum_step import Learner
+from scanlm.devices import usable_device
 from scanlm.errors import ScanLMError, nearest
 from scanlm.interrupts import held_interrupts
 from scanlm.length_evaluation import (
@@ -333,7 +334,7 @@ def train_many(
             f"unknown save_weights {save_weights!r}.{nearest(save_weights, SAVE_WEIGHTS)}"
         )
     start = time.perf_counter()
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = usable_device(device)
     say = progress or (lambda line: None)
 
     def time_is_up() -> bool:

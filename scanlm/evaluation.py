@@ -13,8 +13,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from scanlm.checkpoints import Loaded, checkpoints, load_checkpoint
 from scanlm.data import (
     TokenizedCorpus,
@@ -25,6 +23,7 @@ from scanlm.data import (
     prepare,
     tokenizer_hash,
 )
+from scanlm.devices import usable_device
 from scanlm.errors import ScanLMError, nearest
 from scanlm.scoring import (
     Evaluation,
@@ -108,7 +107,7 @@ def evaluate(
             f"stride={stride} is for context='sliding', not {context!r}: leave it out"
         )
     wanted = _steps(target, steps)
-    place = _usable(device)
+    place = usable_device(device)
     loaded = load_checkpoint(target, wanted[0], place, config=config, cache_dir=cache_dir)
     tokens = tokenized(corpus, split, loaded, tokenizer, cache_dir)
     part = tokens[split]
@@ -207,17 +206,6 @@ def tokenized(
         tokens.require_tokenizer(expected, whose)
     _check_vocabulary(loaded, tokens)
     return tokens
-
-
-def _usable(device: str | None) -> str:
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ScanLMError(f"device={device!r} cannot be used here: {reason}") from error
-    return device
 
 
 def _check_vocabulary(loaded: Loaded, tokens: TokenizedCorpus) -> None:

@@ -552,7 +552,7 @@ def test_evaluate_of_one_model_twice_draws_two_curves(trained: dict[str, Any]) -
         (["--steps", "3"], "no checkpoint of step 3"),
         (["--stride", "4"], "stride=4 is for context='sliding'"),
         (["--precision", "bf17"], "Did you mean 'bf16'?"),
-        (["--device", "nowhere"], "device='nowhere' cannot be used here"),
+        (["--device", "nowhere"], "device 'nowhere' cannot be used"),
         (["--chunk-size", "4"], "chunk_size=4 is for original_positions only"),
         (["--seq-len", "128"], "use seq_len=64 or less, or one trained with position_embedding="),
         (["--figure", "curves.doc"], "must end in .png, .pdf, .svg"),

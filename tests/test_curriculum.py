@@ -282,6 +282,12 @@ def test_the_record_says_what_ended_a_stage(tmp_path: Path) -> None:
     assert {row["length"] for row in tested} == {4, 8}
 
 
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ScanLMError, match="device 'cudo' cannot be used"):
+        train_many([preset_settings("smoke")], tmp_path, "cudo")
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_time_left_saves_and_trains_nothing(tmp_path: Path) -> None:
     record = train(preset_settings("smoke", TINY), root=tmp_path, device="cpu", max_seconds=0)
     assert (record.folder / "checkpoint.pt").exists()

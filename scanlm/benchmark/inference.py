@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scanlm.benchmark.checks import check_name, usable_device
+from scanlm.benchmark.checks import check_name
 from scanlm.benchmark.failures import is_out_of_memory
 from scanlm.benchmark.subjects import SIZES, SUBJECTS, Setting, Subject, no_leftovers
 from scanlm.benchmark.timing import (
@@ -33,6 +33,7 @@ from scanlm.benchmark.timing import (
     time_prefill,
     time_steps,
 )
+from scanlm.devices import usable_device
 from scanlm.errors import ScanLMError
 from scanlm.records import Run, read_metrics
 from scanlm.scan import lowest_bit

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scanlm.benchmark.checks import check_name, usable_device
+from scanlm.benchmark.checks import check_name
 from scanlm.benchmark.timing import synchronize
 from scanlm.curriculum_settings import Stage, StateTrackingSettings, preset_settings
 from scanlm.curriculum_step import EAGER_STEPS, Learner
+from scanlm.devices import usable_device
 from scanlm.errors import ScanLMError
 from scanlm.records import Run, read_metrics
 

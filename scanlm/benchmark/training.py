@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from scanlm.baselines import build_model, load_entry
-from scanlm.benchmark.checks import check_name, usable_device
+from scanlm.benchmark.checks import check_name
 from scanlm.benchmark.failures import is_out_of_memory
 from scanlm.benchmark.kernel_times import kernel_milliseconds
 from scanlm.benchmark.subjects import no_leftovers
@@ -42,6 +42,7 @@ from scanlm.benchmark.training_step import (
     flops_per_token,
     modes_of,
 )
+from scanlm.devices import usable_device
 from scanlm.errors import ScanLMError
 from scanlm.records import Run, read_metrics
 

@@ -1,0 +1,19 @@
+"""A device is there, or the message says what to use."""
+
+import pytest
+import torch
+
+from scanlm.devices import usable_device
+from scanlm.errors import ScanLMError
+
+
+def test_the_device_asked_for_or_the_best() -> None:
+    assert usable_device("cpu") == torch.device("cpu")
+    assert usable_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["cudo", "cuda:99"])
+def test_one_that_is_not_there_is_one_line(name: str) -> None:
+    with pytest.raises(ScanLMError, match=f"device '{name}' cannot be used: .*use cpu") as error:
+        usable_device(name)
+    assert "\n" not in str(error.value)

@@ -42,7 +42,7 @@ from scanlm.length_evaluation import (
     position_limit,
     reach,
 )
-from scanlm.records import Run, run_id
+from scanlm.records import SUMMARY_FILE, Run, run_id
 from scanlm.state_probe import probe_metrics
 
 __all__ = [
@@ -323,8 +323,8 @@ def train_many(
         The records, in order.
 
     Raises:
-        ScanLMError: a setting is out of range, or a checkpoint is of another curriculum. Nothing
-            has been trained then.
+        ScanLMError: a setting is out of range, a run is asked for twice, a device that is not
+            there, or a checkpoint of another curriculum. Nothing has been trained then.
         KeyboardInterrupt: once the steps that had begun are done and every run is saved.
     """
     for entry in settings:
@@ -341,12 +341,19 @@ def train_many(
         return max_seconds is not None and time.perf_counter() - start >= max_seconds
 
     opened = list(records) if records is not None else [open_run(s, root) for s in settings]
+    known: set[Path] = set()
+    for record in opened:
+        if record.folder in known:
+            raise ScanLMError(f"{record.folder.name} is asked for twice: leave one out")
+        known.add(record.folder)
+        if (record.folder / SUMMARY_FILE).exists():
+            say(f"already finished: {record.folder}")
     with torch.random.fork_rng(devices=[]):
         with held_interrupts() as interrupted:
             trainees = [
                 _Trainee(entry, record, chosen)
                 for entry, record in zip(settings, opened, strict=True)
-                if not (record.folder / "summary.json").exists()
+                if not (record.folder / SUMMARY_FILE).exists()
             ]
             begun = {id(t): t.learner.step for t in trainees}
             saved_at = time.perf_counter()
@@ -375,7 +382,9 @@ def train_many(
         for t in trainees:
             if t.trained and not time_is_up():
                 t.finish(save_weights)
-                say(f"{_state(t)}; evaluated")
+                say(f"{_state(t)}; evaluated\nrun: {t.record.folder}")
+            elif not t.diverged:
+                say(f"{_state(t)}; saved, the same command goes on\nrun: {t.record.folder}")
     return opened
 
 

@@ -294,6 +294,26 @@ def test_no_time_left_saves_and_trains_nothing(tmp_path: Path) -> None:
     assert not (record.folder / "summary.json").exists()
 
 
+def test_what_becomes_of_each_run_is_said(tmp_path: Path) -> None:
+    settings = preset_settings("smoke", TINY)
+    said: list[str] = []
+    run = train(settings, root=tmp_path, device="cpu", max_seconds=0, progress=said.append)
+    assert (
+        said.pop()
+        == f"{run.folder.name}: step 0; saved, the same command goes on\nrun: {run.folder}"
+    )
+    train(settings, root=tmp_path, device="cpu", progress=said.append)
+    assert said[-1].endswith(f"; evaluated\nrun: {run.folder}")
+    train(settings, root=tmp_path, device="cpu", progress=said.append)
+    assert said[-1] == f"already finished: {run.folder}"
+
+
+def test_a_run_asked_for_twice_is_refused(tmp_path: Path) -> None:
+    settings = preset_settings("smoke", TINY)
+    with pytest.raises(ScanLMError, match="asked for twice: leave one out"):
+        train_many([settings, settings], root=tmp_path, device="cpu")
+
+
 def test_an_interrupt_waits_for_the_steps_that_have_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from scanlm.benchmark.ratios import most_state_bytes
 from scanlm.records import read_metrics
-from scanlm.report_tables import Row, number
+from scanlm.report_tables import Row, at_positions, number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +39,8 @@ def _with_others(source: str, others: int) -> str:
 def _inference(runs: pd.DataFrame) -> Iterator[Row]:
     from scanlm.plotting.inference import best_gpt2
 
-    for _, run in runs[(runs["experiment"] == "inference") & (runs["model"] == "base")].iterrows():
+    runs = runs[(runs["experiment"] == "inference") & (runs["model"] == "base")]
+    for _, run in at_positions(runs).iterrows():
         metrics = read_metrics(run["path"])
         steady = metrics[metrics["part"] == "positions"]
         positions = sorted(steady["position"].unique())

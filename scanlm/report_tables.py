@@ -59,7 +59,19 @@ def _of(runs: pd.DataFrame, experiment: str) -> pd.DataFrame:
 
 
 def _of_kind(runs: pd.DataFrame, kind: str) -> pd.DataFrame:
-    return runs[runs["parameters"].map(lambda p: _mapping(p).get("kind") == kind)]
+    """Finished ones: those that were stopped have no final figures."""
+    fitting = runs["parameters"].map(lambda p: _mapping(p).get("kind") == kind)
+    return runs[fitting & (runs["status"] == "finished")]
+
+
+def at_positions(runs: pd.DataFrame) -> pd.DataFrame:
+    """The inference runs that timed tokens at positions, as not every one does."""
+
+    def timed(path: str) -> bool:
+        metrics = read_metrics(path)
+        return "part" in metrics and bool((metrics["part"] == "positions").any())
+
+    return runs[runs["path"].map(timed).astype(bool)]
 
 
 def _training(runs: pd.DataFrame) -> Iterable[Row]:
@@ -122,6 +134,8 @@ def _state_tracking(runs: pd.DataFrame) -> Iterable[Row]:
     if runs.empty:
         return
     runs = sort_runs(runs)
+    if runs.empty:
+        return
     rows = evaluated(read_metrics(*runs["path"]))
     accuracy = rows.pivot_table(index="run_id", columns="length", values="value")
     for _, run in runs.sort_values(
@@ -145,6 +159,8 @@ def _training_speed(runs: pd.DataFrame) -> Iterable[Row]:
     keys = ["part", "model", "mode", "compiled", "length", "batch_size", "dtype"]
     for _, run in _of(runs, "training_speed").sort_values("started").iterrows():
         metrics = read_metrics(run["path"])
+        if "tokens_per_second" not in set(metrics["name"]):
+            continue
         metrics = metrics[metrics["part"].isin(("step", "trainer"))]
         if "peak" in metrics:  # utilisation is also told against a data sheet's peak
             metrics = metrics[metrics["peak"].isna() | (metrics["peak"] == "measured")]
@@ -153,20 +169,22 @@ def _training_speed(runs: pd.DataFrame) -> Iterable[Row]:
             how = [row["mode"], "compiled" if row["compiled"] == "yes" else "eager", row["dtype"]]
             if row["part"] == "trainer":
                 how.append("in the trainer")
-            if row["tokens_per_second"] > 0:
+            if row.get("tokens_per_second", 0) > 0:
                 yield {
                     "model": row["model"],
                     "run as": ", ".join(map(str, how)),
                     "batch": f"{row['batch_size']:,.0f} x {row['length']:,.0f}",
                     "tokens/s": number(row["tokens_per_second"], 0),
-                    "utilisation": number(100 * row["model_flops_utilisation"], 1, " %"),
+                    "utilisation": number(
+                        100 * row.get("model_flops_utilisation", math.nan), 1, " %"
+                    ),
                     "memory": number(row.get("peak_memory_bytes", math.nan) / 1e9, 1, " GB"),
                     "source": run["source"],
                 }
 
 
 def _inference(runs: pd.DataFrame) -> Iterable[Row]:
-    for _, run in _of(runs, "inference").sort_values("model").iterrows():
+    for _, run in at_positions(_of(runs, "inference")).sort_values("model").iterrows():
         metrics = read_metrics(run["path"])
         steady = metrics[metrics["part"] == "positions"]
         table = steady.pivot_table(
@@ -193,7 +211,7 @@ def _inference(runs: pd.DataFrame) -> Iterable[Row]:
 def _inference_ratios(runs: pd.DataFrame) -> Iterable[Row]:
     from scanlm.benchmark.ratios import AIMS, inference_ratios
 
-    runs = _of(runs, "inference").sort_values("model")
+    runs = at_positions(_of(runs, "inference")).sort_values("model")
     found = {
         str(run["model"]): inference_ratios(read_metrics(run["path"]), run["parameters"])
         for _, run in runs.iterrows()
@@ -224,7 +242,7 @@ def _state_tracking_speed(runs: pd.DataFrame) -> Iterable[Row]:
 
 
 def _parity(runs: pd.DataFrame) -> Iterable[Row]:
-    for _, run in _of(runs, "parity").iterrows():
+    for _, run in _of(runs[runs["status"] == "finished"], "parity").iterrows():
         errors = read_metrics(run["path"])
         for (model, dtype), rows in errors.groupby(["model", "dtype"], sort=False):
             values = rows.set_index(["name", "implementation"])["value"]

@@ -566,6 +566,7 @@ def export_run(
             "lr": lr,
             "config": config,
         },
+        "status": "finished",
         "device": {"name": "a device"},
         "summary": {"tokens": steps * 100, "steps": steps, "loss": loss},
         "metrics": [

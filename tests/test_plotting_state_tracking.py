@@ -321,7 +321,7 @@ def record(model: str, seed: int, reach: int, **changes: Any) -> dict[str, Any]:
         {"length": n, "lr": 1e-4, "dropout": 0.1 * (n == 16), "max_steps": 10} for n in (2, 16)
     ]
     parameters = {"group": "S5", "stages": stages, "config": {}} | changes
-    row = {"run_id": f"{model}{seed}{reach}", "model": model, "seed": seed}
+    row = {"run_id": f"{model}{seed}{reach}", "model": model, "seed": seed, "status": "finished"}
     return {**row, "parameters": parameters, "summary.reach": {"float32": reach}}
 
 

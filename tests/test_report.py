@@ -189,6 +189,34 @@ def test_a_table_of_kernels_against_plain_torch(tmp_path: Path) -> None:
     assert row[:9] == ["gla", "tf32", *["0.0100", "0.0200"] * 3, "no"]
 
 
+@pytest.mark.parametrize("experiment", ["wikitext2", "enwiki2019", "s5", "inference", "parity"])
+def test_a_run_that_was_stopped_has_no_row_without_figures(tmp_path: Path, experiment: str) -> None:
+    parameters = {"kind": "training", "stages": [], "config": {}}
+    run = Run.create(experiment, "base", parameters, 0, root=tmp_path / "runs")
+    run.log("loss", 4.0, split="train", step=5)
+    run.fail("interrupted", "KeyboardInterrupt")
+    results = tmp_path / "data" / "results"
+    export(run.folder, results, unfinished=True)
+    assert results_section(results, tmp_path) == NOTHING
+    assert "|" not in all_tables(results)
+    # and it hides no other's
+    trained(tmp_path, "scanlm_base_c64", 40.0)
+    trained(tmp_path, "gpt2_small", 50.0)
+    state_tracking(tmp_path, 0, 0.5)
+    inference(tmp_path)
+    found = results_section(results, tmp_path)
+    for text in ("| 40.00 | 50.00 |", "50.000 %", "| 0.200 ms | 0.500 ms |"):
+        assert text in found
+
+
+def test_an_inference_run_without_positions_has_no_row(tmp_path: Path) -> None:
+    run = Run.create("inference", "base", {}, 42, root=tmp_path / "runs")
+    exported(tmp_path, run, ("ms_per_token", 0.2, {"part": "timeline", "model": "scanlm"}))
+    results = tmp_path / "data" / "results"
+    assert results_section(results, tmp_path) == NOTHING
+    assert "|" not in all_tables(results)
+
+
 def test_headlines_compare_with_the_best_gpt2_and_all_seeds(tmp_path: Path) -> None:
     inference(tmp_path)
     training_speed(tmp_path)

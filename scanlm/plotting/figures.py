@@ -110,7 +110,9 @@ def _several_chunks(metrics: pd.DataFrame) -> bool:
 
 
 def _training(runs: pd.DataFrame) -> pd.DataFrame:
-    return runs[runs["parameters"].map(lambda p: p.get("kind") == "training")]
+    """Those that were stopped have no final figures to compare."""
+    training = runs["parameters"].map(lambda p: p.get("kind") == "training")
+    return runs[training & (runs["status"] == "finished")]
 
 
 def _alike(

@@ -68,8 +68,11 @@ def difference(recipe: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 def sort_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs with the columns ``role`` ("recipe", "baseline", "ablation") and ``series``.
 
-    Runs of no role (those of a search that were not chosen) are left out.
+    Runs of no role (those of a search that were not chosen, or that were stopped) are left out.
     """
+    runs = runs[runs["status"] == "finished"]
+    if runs.empty:
+        return runs.assign(role="", series="")
     keys = [
         repr((run["model"], sorted(_training(run["parameters"]).items(), key=str)))
         for _, run in runs.iterrows()

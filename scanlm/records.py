@@ -322,6 +322,19 @@ def export(
     return path
 
 
+def check_results(results: str | Path) -> None:
+    """Refuse a folder of exported records that is not there, whose figures would all be missing.
+
+    Raises:
+        ScanLMError: it is not there.
+    """
+    if not Path(results).is_dir():
+        raise ScanLMError(
+            f"no folder {str(results)!r} of exported records: run this in a clone of the "
+            "repository, or name the folder that scanlm export wrote"
+        )
+
+
 def source_line(run: Run | Mapping[str, Any] | pd.Series) -> str:
     """One line for captions: model, training, device, versions, seed and commit.
 
@@ -515,6 +528,7 @@ def _now() -> str:
 __all__ = [
     "STATUSES",
     "Run",
+    "check_results",
     "export",
     "plain",
     "read_metrics",

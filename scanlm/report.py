@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from scanlm.errors import ScanLMError
 from scanlm.headlines import headlines
-from scanlm.records import read_runs
+from scanlm.records import check_results, read_runs
 from scanlm.report_tables import TABLES, Row, source
 
 if TYPE_CHECKING:
@@ -59,9 +59,10 @@ def update_documents(path: str | Path, results: str | Path = "data/results") -> 
         The documents that changed.
 
     Raises:
-        ScanLMError: a document that cannot be read, or without the two markers.
+        ScanLMError: a document that cannot be read, or without the two markers; no such folder.
     """
     document, tables = Path(path), Path(results) / "README.md"
+    check_results(results)
     try:
         text = document.read_text(encoding="utf-8")
     except OSError as error:

@@ -707,6 +707,14 @@ def test_export_and_figures(trained: dict[str, Any], tmp_path: Path) -> None:
     assert "Did you mean 'scan_tree'?" in refused("figures", "scan_tre", "--out", tmp_path)
 
 
+def test_results_that_are_not_there_are_named(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\n")
+    for command in (["figures", "--out", tmp_path / "figures"], ["report", tmp_path / "README.md"]):
+        said = refused(*command, "--results", tmp_path / "nowhere")
+        assert "nowhere' of exported records: run this in a clone" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
 def test_export_refuses_what_is_no_finished_run(trained: dict[str, Any], tmp_path: Path) -> None:
     assert "no run record at" in refused("export", tmp_path)
     record = json.loads((trained["runs"]["gpt2_tiny"] / "run.json").read_text())

@@ -642,9 +642,7 @@ def test_figures_without_records_are_skipped_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        written = figures.make_figures(
-            tmp_path / "none", tmp_path / "out", ["scan_tree", "loss_embedded"]
-        )
+        written = figures.make_figures(tmp_path, tmp_path / "out", ["scan_tree", "loss_embedded"])
     assert written == [tmp_path / "out" / "scan_tree.png"]
     assert written[0].read_bytes().startswith(b"\x89PNG")
     assert "figure loss_embedded skipped" in caplog.text

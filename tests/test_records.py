@@ -10,7 +10,15 @@ import pytest
 
 from scanlm.errors import ScanLMError
 from scanlm.provenance import git_state
-from scanlm.records import Run, export, read_metrics, read_runs, run_id, source_line
+from scanlm.records import (
+    Run,
+    check_results,
+    export,
+    read_metrics,
+    read_runs,
+    run_id,
+    source_line,
+)
 
 PARAMETERS = {"seq_len": 8, "config": {"chunk_size": 4}}
 
@@ -135,6 +143,12 @@ def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # both forms read alike
     ours, theirs = read_metrics(run.folder), read_metrics(tmp_path / "results")
     assert ours.equals(theirs)
+
+
+def test_a_folder_of_results_must_be_there(tmp_path: Path) -> None:
+    check_results(tmp_path)
+    with pytest.raises(ScanLMError, match=r"no folder '.*nowhere' of exported records"):
+        check_results(tmp_path / "nowhere")
 
 
 def test_source_line(tmp_path: Path) -> None:

@@ -456,12 +456,15 @@ def make_figures(
         The files written.
 
     Raises:
-        ScanLMError: an unknown name.
+        ScanLMError: an unknown name; no folder of records.
     """
     wanted = list(FIGURES) if names is None else list(names)
     for name in wanted:
         if name not in FIGURES:
             raise ScanLMError(f"unknown figure {name!r}.{nearest(name, FIGURES)}")
+    from scanlm.records import check_results
+
+    check_results(results)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     written = []

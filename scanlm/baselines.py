@@ -132,6 +132,13 @@ def build_model(
         # layers check their sizes in ways of their own
         except (TypeError, ValueError) as error:
             raise ScanLMError(f"model {entry.id!r} cannot be built: {_last_line(error)}") from error
+        except torch.OutOfMemoryError:
+            raise
+        # of sizes below one, which not every layer checks; such an error names no field
+        except (ArithmeticError, RuntimeError) as error:
+            raise ScanLMError(
+                f"model {entry.id!r} cannot be built of {fields}: {_last_line(error)}"
+            ) from error
 
 
 def count_parameters(entry: str | Path | ModelEntry) -> int:

@@ -42,7 +42,7 @@ class TrainingSettings(BaseModel):
     eps: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, ge=0)  # 0: no clipping
     dropout: float | None = Field(default=None, ge=0, lt=1)  # None: the model's own
-    seed: int = Field(default=0, ge=0)  # of initial weights, dropout and data order
+    seed: int = Field(default=0, ge=0, lt=2**32)  # of initial weights, dropout and data order
     # auto: bf16 where a GPU computes in it, else fp32
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     # the residual stream of scan models and GPT-2 in bf16 where products are, not in fp32
@@ -183,6 +183,8 @@ def resolve_settings(
             config[name] = value
         else:
             raise ScanLMError(f"unknown setting {key!r}.{nearest(place, ('training', 'config'))}")
+    if "model" in explicit:
+        raise ScanLMError(f"model={explicit['model']!r} is no setting: name the model itself")
     if preset is None and explicit.get("corpus", entry.training.get("corpus")) == "embedded":
         preset = "embedded"
     chosen = PRESETS[preset] if preset is not None else {}

@@ -87,6 +87,18 @@ def test_fields_of_the_model_come_one_by_one_or_together() -> None:
         resolve_settings("small", "smoke", {"config": 3})
 
 
+@pytest.mark.parametrize("key", ["model", "training.model"])
+def test_another_model_is_no_setting(key: str) -> None:
+    with pytest.raises(ScanLMError, match="model='gpt2_tiny' is no setting: name the model itself"):
+        resolve_settings("small", "smoke", {key: "gpt2_tiny"})
+
+
+def test_a_seed_that_numpy_does_not_take_is_refused() -> None:
+    assert resolve_settings("small", "smoke", {"seed": 2**32 - 1}).seed == 2**32 - 1
+    with pytest.raises(ScanLMError, match="seed=4294967296: input should be less than 4294967296"):
+        resolve_settings("small", "smoke", {"seed": 2**32})
+
+
 def test_dry_run() -> None:
     settings = resolve_settings("small", "smoke", {"config.vocab_size": 257})
     plan = describe(settings)

@@ -15,8 +15,9 @@ import shlex
 import shutil
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,8 @@ def train(
             return Run.open(folder)
     session = _Session(settings, model, tokens, writer, folder, precision, progress)
     try:
-        session.train(blocks)
+        with _own_wandb_run(settings, folder):
+            session.train(blocks)
         _leave_together(session)
     except BaseException as error:
         if writer is not None:
@@ -391,8 +393,30 @@ def _trackers(s: TrainingSettings, folder: Path) -> list[str]:
         if not os.environ.get("WANDB_API_KEY"):
             os.environ.setdefault("WANDB_MODE", "offline")
         os.environ.setdefault("WANDB_PROJECT", "scanlm")
-        os.environ.setdefault("WANDB_DIR", str(folder))
     return _chosen_trackers(s) or ["none"]
+
+
+@contextmanager
+def _own_wandb_run(s: TrainingSettings, folder: Path) -> Iterator[None]:
+    """W&B's run, which transformers begins, is in the run's folder and ends with it.
+
+    Else the next training of the process would go on in it. One of the caller's is left alone.
+    """
+    wandb = import_module("wandb") if s.wandb else None
+    if wandb is None or wandb.run is not None:
+        yield
+        return
+    chosen = "WANDB_DIR" in os.environ
+    os.environ.setdefault("WANDB_DIR", str(folder))
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if not chosen:
+            del os.environ["WANDB_DIR"]
+        if wandb.run is not None:
+            wandb.finish(exit_code=int(failed))
 
 
 def _chosen_trackers(s: TrainingSettings) -> list[str]:

@@ -33,6 +33,7 @@ class Tracked(SimpleNamespace):
     """What reached the stubs: wandb's environment when it began, and values by name."""
 
     begun: list[dict[str, str]]
+    ended: list[int]
     wandb: dict[str, Any]
     folder: str
     tensorboard: dict[str, Any]
@@ -41,7 +42,7 @@ class Tracked(SimpleNamespace):
 @pytest.fixture
 def tracked(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> Tracked:
     """Both packages as stubs. There is no ``login``: whatever asked for a key would fail."""
-    seen = Tracked(begun=[], wandb={}, folder="", tensorboard={})
+    seen = Tracked(begun=[], ended=[], wandb={}, folder="", tensorboard={})
 
     def module(name: str, **members: Any) -> ModuleType:
         made = ModuleType(name)
@@ -54,6 +55,10 @@ def tracked(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> Tra
         variables = {k: v for k, v in environment.items() if k.startswith("WANDB_")}
         seen.begun.append({**how, **variables})
         wandb.run = SimpleNamespace(_label=lambda code: None, summary={})  # type: ignore[attr-defined]
+
+    def finish(exit_code: int) -> None:
+        seen.ended.append(exit_code)
+        wandb.run = None  # type: ignore[attr-defined]
 
     class Writer:
         def __init__(self, log_dir: str) -> None:
@@ -71,21 +76,23 @@ def tracked(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> Tra
         def close(self) -> None:
             pass
 
-    wandb = module("wandb", run=None, config={}, init=begin, log=seen.wandb.update)
+    logged = seen.wandb.update
+    wandb = module("wandb", run=None, config={}, init=begin, log=logged, finish=finish)
     module("wandb.sdk.lib.config_util", ConfigError=ValueError)
     module("tensorboard")
     module("torch.utils.tensorboard", SummaryWriter=Writer)
     return seen
 
 
-def train_tracked(folder: Path, **trackers: bool) -> Run:
+def train_tracked(folder: Path, **settings: Any) -> Run:
     for split in ("train", "validation"):
         (folder / f"{split}.txt").write_text("the scan folds chunks into states\n" * 10)
     values = {"model": "test", "corpus": "test", "seq_len": 16, "batch_size": 2, "steps": 2}
+    values |= {"log_every": 1, "root": str(folder / "runs"), **settings}
     torch.manual_seed(0)
     sizes = {"vocab_size": 257, "n_embd": 8, "n_head": 2, "chunk_size": 4, "t2_layers": 1}
     return train(
-        TrainingSettings(**values, log_every=1, root=str(folder / "runs"), **trackers),
+        TrainingSettings(**values),
         ScanLMForCausalLM(ScanLMConfig(**sizes)),
         prepare(folder, "bytes", folder / "cache"),
     )
@@ -119,6 +126,25 @@ def test_wandb_without_a_key_is_offline(
     environment |= key
     assert _trackers(TrainingSettings(wandb=True), tmp_path) == ["wandb"]
     assert environment["WANDB_MODE"] == "offline"
+
+
+def test_each_training_of_a_process_is_a_run_of_its_own(tracked: Tracked, tmp_path: Path) -> None:
+    runs = [train_tracked(tmp_path, seed=seed, wandb=True) for seed in (0, 1)]
+    assert [begun["name"] for begun in tracked.begun] == [run.folder.name for run in runs]
+    assert [begun["WANDB_DIR"] for begun in tracked.begun] == [str(run.folder) for run in runs]
+    assert tracked.ended == [0, 0]
+
+
+def test_a_run_that_diverges_ends_as_failed(tracked: Tracked, tmp_path: Path) -> None:
+    with pytest.raises(ScanLMError, match="diverged"):
+        train_tracked(tmp_path, lr=1e30, steps=20, wandb=True)
+    assert tracked.ended == [1]
+
+
+def test_a_wandb_run_of_the_caller_is_left_open(tracked: Tracked, tmp_path: Path) -> None:
+    sys.modules["wandb"].init(name="mine")  # type: ignore[attr-defined]
+    train_tracked(tmp_path, wandb=True)
+    assert (len(tracked.begun), tracked.ended) == (1, [])
 
 
 def test_wandb_with_a_key_is_as_the_user_wants(

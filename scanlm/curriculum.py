@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -323,8 +324,9 @@ def train_many(
         The records, in order.
 
     Raises:
-        ScanLMError: a setting is out of range, a run is asked for twice, a device that is not
-            there, or a checkpoint of another curriculum. Nothing has been trained then.
+        ScanLMError: a setting is out of range, a run is asked for twice or written by another
+            process, a device that is not there, or a checkpoint of another curriculum. Nothing
+            has been trained then.
         KeyboardInterrupt: once the steps that had begun are done and every run is saved.
     """
     for entry in settings:
@@ -348,7 +350,10 @@ def train_many(
         known.add(record.folder)
         if (record.folder / SUMMARY_FILE).exists():
             say(f"already finished: {record.folder}")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), ExitStack() as held:
+        for record in opened:
+            if isinstance(record, Run) and not record.finished:
+                held.enter_context(record.only_writer())
         with held_interrupts() as interrupted:
             trainees = [
                 _Trainee(entry, record, chosen)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 STATUSES = ("running", "finished", "failed", "interrupted", "diverged")
 RUN_FILE, METRICS_FILE, SUMMARY_FILE = "run.json", "metrics.jsonl", "summary.json"
+LOCK_FILE = ".lock"
 _IDENTITY = ("run_id", "experiment", "model", "seed")
 # an absolute path (POSIX, home or Windows) at the start of a word; the last part is kept
 _PRIVATE = re.compile(r"(?<![^\s=\"'(,\[])(?:~|[A-Za-z]:(?=[\\/]))?(?:[\\/][^\s\\/\"',)\]]+)*[\\/]")
@@ -205,17 +206,43 @@ class Run:
         self._end(status)
 
     @contextmanager
-    def failures_recorded(self) -> Iterator[None]:
-        """An error within ends the run, "interrupted" by Ctrl-C and else "failed", and goes on."""
+    def only_writer(self) -> Iterator[None]:
+        """No other process is in here with this run, whose metrics would be mixed with ours.
+
+        Raises:
+            ScanLMError: one is.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.folder / LOCK_FILE, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ScanLMError(
+                f"{self.folder} is being written by another process: wait for its end, or stop it"
+            ) from None
         try:
             yield
-        except BaseException as error:
-            if not self.finished:
-                stopped = isinstance(error, KeyboardInterrupt)
-                self.fail(
-                    "interrupted" if stopped else "failed", str(error) or type(error).__name__
-                )
-            raise
+        finally:
+            lock.release()
+
+    @contextmanager
+    def failures_recorded(self) -> Iterator[None]:
+        """An error within ends the run, "interrupted" by Ctrl-C and else "failed", and goes on.
+
+        Raises:
+            ScanLMError: another process writes this run, which is left alone.
+        """
+        with self.only_writer():
+            try:
+                yield
+            except BaseException as error:
+                if not self.finished:
+                    stopped = isinstance(error, KeyboardInterrupt)
+                    self.fail(
+                        "interrupted" if stopped else "failed", str(error) or type(error).__name__
+                    )
+                raise
 
     def update(self, **parameters: Any) -> None:
         """Add facts that are known only later to ``run.json`` (not part of the run's identity)."""

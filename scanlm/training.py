@@ -82,7 +82,8 @@ def train(
 
     Raises:
         ScanLMError: settings that do not fit each other, the model or the corpus; an output folder
-            that cannot be written; training that diverged (the record says so too).
+            that cannot be written, or that another process writes; training that diverged (the
+            record says so too).
         KeyboardInterrupt: recorded as "interrupted"; the same call continues. One process saves
             a checkpoint first, unless it is interrupted again; one rank of several does not,
             since another may be a step further.
@@ -116,22 +117,23 @@ def train(
         folder = Path(settings.root) / experiment / identity
         if (folder / SUMMARY_FILE).is_file():
             return Run.open(folder)
-    session = _Session(settings, model, tokens, writer, folder, precision, progress)
-    try:
-        with _own_wandb_run(settings, folder):
-            session.train(blocks)
-        _leave_together(session)
-    except BaseException as error:
-        if writer is not None:
-            writer.fail(_status(error), str(error) or type(error).__name__)
-        if _lost_rank(error):
-            raise ScanLMError(
-                f"rank {rank}: another rank of this job has ended, so this one ends too; the same "
-                "command goes on from the last checkpoint"
-            ) from error
-        if isinstance(error, Diverged):
-            raise ScanLMError(f"training diverged: {error} (record: {folder})") from error
-        raise
+    with writer.only_writer() if writer is not None else nullcontext():
+        session = _Session(settings, model, tokens, writer, folder, precision, progress)
+        try:
+            with _own_wandb_run(settings, folder):
+                session.train(blocks)
+            _leave_together(session)
+        except BaseException as error:
+            if writer is not None:
+                writer.fail(_status(error), str(error) or type(error).__name__)
+            if _lost_rank(error):
+                raise ScanLMError(
+                    f"rank {rank}: another rank of this job has ended, so this one ends too; the "
+                    "same command goes on from the last checkpoint"
+                ) from error
+            if isinstance(error, Diverged):
+                raise ScanLMError(f"training diverged: {error} (record: {folder})") from error
+            raise
     return Run.open(folder)
 
 

@@ -21,7 +21,7 @@ from scanlm.curriculum_step import Learner, folded_logits, learning_rate, noisy,
 from scanlm.errors import ScanLMError
 from scanlm.groups import get_group, running_products, word_batch
 from scanlm.length_evaluation import bin_edges, evaluate_lengths, reach, wilson, word_logits
-from scanlm.records import read_metrics
+from scanlm.records import Run, read_metrics
 
 TINY = (
     "config.n_embd=16",
@@ -312,6 +312,15 @@ def test_a_run_asked_for_twice_is_refused(tmp_path: Path) -> None:
     settings = preset_settings("smoke", TINY)
     with pytest.raises(ScanLMError, match="asked for twice: leave one out"):
         train_many([settings, settings], root=tmp_path, device="cpu")
+
+
+def test_a_run_that_another_process_trains_is_left_alone(tmp_path: Path) -> None:
+    settings = preset_settings("smoke", TINY)
+    record = train(settings, root=tmp_path, device="cpu", max_seconds=0)
+    refused = pytest.raises(ScanLMError, match="is being written by another process")
+    with Run.open(record.folder).only_writer(), refused:
+        train(settings, root=tmp_path, device="cpu")
+    assert not (record.folder / "metrics.jsonl").exists()
 
 
 def test_an_interrupt_waits_for_the_steps_that_have_begun(

@@ -113,6 +113,24 @@ def test_an_unfinished_run_is_continued(tmp_path: Path) -> None:
     assert len(read_metrics(again.folder)) == 1
 
 
+def test_only_one_process_writes_a_run(tmp_path: Path) -> None:
+    run = Run.create("embedded", "m", {}, 0, root=tmp_path)
+    code = "import sys, time; from scanlm.records import Run\nwith Run.open(sys.argv[1])"
+    code += ".only_writer():\n    print('in', flush=True)\n    time.sleep(60)"
+    arguments = [sys.executable, "-c", code, run.folder]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"in\n"
+        before = (run.folder / "run.json").read_bytes()
+        refused = pytest.raises(ScanLMError, match="is being written by another process")
+        with refused, run.failures_recorded():
+            pytest.fail("two write")
+        assert (run.folder / "run.json").read_bytes() == before
+        other.kill()
+    with run.failures_recorded():  # a killed process holds nothing
+        run.log("loss", 1.0)
+
+
 def test_what_a_stopped_run_measured_can_be_exported(tmp_path: Path) -> None:
     run = make(tmp_path / "runs")
     run.log("loss", 1.5, step=1)

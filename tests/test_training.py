@@ -312,6 +312,24 @@ def test_an_interrupt_saves_the_step_and_loses_nothing(
     assert not reference - rows
 
 
+def test_a_run_that_another_process_trains_is_left_alone(
+    corpus: TokenizedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = TrainingSettings(**SMALL, root=str(tmp_path))
+    with monkeypatch.context() as patch:
+        interrupted_at(5, again=False, monkeypatch=patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, small_model(), corpus)
+    (folder,) = (path.parent for path in tmp_path.glob("*/*/run.json"))
+    before = (folder / "metrics.jsonl").read_bytes()
+    refused = pytest.raises(ScanLMError, match="is being written by another process")
+    with Run.open(folder).only_writer(), refused:
+        train(settings, small_model(), corpus)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert Run.open(folder).status == "running"  # as the other left it
+    assert train(settings, small_model(), corpus).finished
+
+
 def test_a_second_interrupt_does_not_wait(
     corpus: TokenizedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,8 @@ import yaml
 
 from scanlm.errors import ScanLMError
 
+PICTURES = (".png", ".pdf", ".svg")
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the scalars of YAML 1.2, and Python's ``None``, ``True`` and ``False``.
@@ -104,6 +106,16 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             raise ScanLMError(f"{key!r} is given twice: leave one out")
         values[key] = parse_value(text.strip())
     return values
+
+
+def check_picture(path: str | Path) -> None:
+    """Refuse a file that no picture can be saved as, before anything is measured for it.
+
+    Raises:
+        ScanLMError: another ending than a picture's.
+    """
+    if Path(path).suffix not in PICTURES:
+        raise ScanLMError(f"figure {str(path)!r} must end in {', '.join(PICTURES)}")
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:

@@ -304,6 +304,8 @@ def test_a_model_that_does_not_fit_does_not_stop_the_sweep(
         ({"positions": (10, 0)}, "positions: 0 is not possible"),
         ({"batch_sizes": (-2,)}, "batch_sizes: -2 is not possible"),
         ({"chunk_size": 0}, "chunk_size: 0 is not possible"),
+        ({"picture": "speed.doc"}, "figure 'speed.doc' must end in .png, .pdf, .svg"),
+        ({"picture": "a.png", "max_new_tokens": 0, "positions": (9,)}, "give max_new_tokens"),
     ],
     ids=str,
 )
@@ -325,10 +327,11 @@ def command(words: str) -> Any:
 
 def test_the_command_measures_and_draws(tmp_path: Path) -> None:
     picture = tmp_path / "inference_speed.png"
-    done = command(
+    words = (
         f"--size tiny --device cpu --models scanlm,gpt2_dynamic --chunk-size 8 --prompt-len 3 "
-        f"--max-new-tokens 20 --positions 5,9 --steps 4 --root {tmp_path} --picture {picture}"
+        f"--max-new-tokens 20 --positions 5,9 --steps 4 --root {tmp_path} --picture "
     )
+    done = command(f"{words} {picture}")
     assert done.exit_code == 0, done.output
     assert "run: " in done.output
     assert picture.read_bytes()[:4] == b"\x89PNG"
@@ -336,6 +339,9 @@ def test_the_command_measures_and_draws(tmp_path: Path) -> None:
     parameters = json.loads(record.read_text())["parameters"]
     assert parameters["max_new_tokens"] == 20
     assert parameters["positions"] == [5, 9]
+    later = tmp_path / "later" / "again.svg"  # of the finished run, measured once
+    assert "already finished" in command(f"{words} {later}").output
+    assert later.is_file()
 
 
 def test_the_commands_mistakes_are_one_line() -> None:

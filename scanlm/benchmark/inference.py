@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from scanlm.devices import usable_device
 from scanlm.errors import ScanLMError
 from scanlm.records import Run, read_metrics
 from scanlm.scan import lowest_bit
+from scanlm.values import check_picture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_MODELS = ("scanlm", "gpt2_graph", "gpt2_dynamic")
@@ -117,6 +119,13 @@ class InferenceSettings:
             raise ScanLMError(
                 "nothing to measure: give max_new_tokens, positions, batch_sizes or chunk_sizes"
             )
+        if self.picture:
+            check_picture(self.picture)
+            if not self.max_new_tokens:
+                raise ScanLMError(
+                    f"picture={self.picture!r} draws tokens that are timed one by one: give "
+                    "max_new_tokens"
+                )
         self.torch_device()
 
     def torch_device(self) -> torch.device:
@@ -162,6 +171,7 @@ def benchmark_inference(settings: InferenceSettings, report: Callable[[str], Non
     run = Run.create("inference", settings.size, parameters, settings.seed, settings.root)
     if run.finished:
         report(f"already finished: {run.folder}")
+        _draw(settings, run)
         return run
     metrics = read_metrics(run.folder)
     done = _done(metrics)
@@ -174,12 +184,20 @@ def benchmark_inference(settings: InferenceSettings, report: Callable[[str], Non
             with no_leftovers(device):
                 _measure(settings, work, run, report)
         run.finish(summarize_run(read_metrics(run.folder)))
-    if settings.picture and settings.max_new_tokens:
-        from scanlm.plotting import inference as draw
-        from scanlm.records import source_line
-
-        draw.timeline(read_metrics(run.folder), source=source_line(run)).savefig(settings.picture)
+    _draw(settings, run)
     return run
+
+
+def _draw(settings: InferenceSettings, run: Run) -> None:
+    """The picture that the settings ask for, if any."""
+    if not settings.picture:
+        return
+    from scanlm.plotting import inference as draw
+    from scanlm.records import source_line
+
+    picture = draw.timeline(read_metrics(run.folder), source=source_line(run))
+    Path(settings.picture).parent.mkdir(parents=True, exist_ok=True)
+    picture.savefig(settings.picture)
 
 
 def _plan(s: InferenceSettings) -> Iterator[Measurement]:

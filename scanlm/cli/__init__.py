@@ -246,10 +246,11 @@ def evaluate(
       scanlm evaluate --compare RUN_A RUN_B gpt2 --corpus wikitext-2 --figure curves.png
     """
     from scanlm.cli import comparison, tables
+    from scanlm.values import check_picture
 
     splits = [name.strip() for name in split.split(",")]
     if figure is not None:
-        comparison.check_figure(figure)
+        check_picture(figure)
     if (compare or figure is not None) and max(len(splits), len(corpus or ())) > 1:
         raise ScanLMError("a comparison and a figure are of one split of one corpus: give one")
     rows = comparison.evaluate_all(

@@ -14,7 +14,6 @@ from scanlm.errors import ScanLMError
 if TYPE_CHECKING:
     import pandas as pd
 
-PICTURES = (".png", ".pdf", ".svg")
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -77,12 +76,6 @@ def default_figure(rows: Rows, root: str | Path) -> Path:
     records = json.dumps([[row["path"], row["corpus"], row["context"]] for row in rows])
     digest = hashlib.sha256(records.encode()).hexdigest()[:8]
     return Path(root) / "comparisons" / f"{named[:80]}-{digest}.png"
-
-
-def check_figure(path: Path) -> None:
-    """Refuse a path that no picture can be written to, before anything is measured."""
-    if path.suffix not in PICTURES:
-        raise ScanLMError(f"figure {str(path)!r} must end in {', '.join(PICTURES)}")
 
 
 def draw(rows: Rows, path: str | Path) -> Path:

@@ -136,28 +136,40 @@ def test_depth_of_a_tree_crosses_a_fixed_network() -> None:
 # Length
 
 
-def test_error_by_length_draws_one_precision_and_the_mean_of_seeds() -> None:
+def test_error_by_length_draws_one_precision_and_the_median_of_seeds() -> None:
     figure = draw.error_by_length(METRICS, trained_length=8, chance=5 / 6)
     ax = figure.axes[0]
-    gpt2 = line(ax, "GPT-2 (mean of 2 seeds)")
+    gpt2 = line(ax, "GPT-2 (median of 2 seeds)")
     assert list(gpt2.get_xdata()) == LENGTHS
     assert gpt2.get_ydata()[1] == pytest.approx(0.105)
     assert ax.get_xscale() == ax.get_yscale() == "log"
     words = [t.get_text() for t in ax.texts]
     assert words == ["trained on", "guessing"]
     assert ax.get_legend_handles_labels()[1][0].startswith("scan model")
-    assert ax.get_legend().get_title().get_text() == "band: range over the seeds"
+    note = "hollow: no error found; thin: each seed"
+    assert ax.get_legend().get_title().get_text() == note
     bf16 = draw.error_by_length(METRICS, dtype="bfloat16").axes[0]
     assert line(bf16, "GPT-2").get_ydata()[1] == pytest.approx(0.155)
 
 
 def test_the_legend_says_what_the_band_of_one_seed_is() -> None:
-    one = METRICS[METRICS["run_id"] == "scan0"]
+    one = METRICS[(METRICS["run_id"] == "scan0") & (METRICS["value"] < 1)]
     assert draw.error_by_length(one).axes[0].get_legend() is None
     bounds = one.assign(low=one["value"] - 0.01, high=one["value"])
     legend = draw.error_by_length(bounds).axes[0].get_legend()
     assert legend.get_title().get_text() == "band: 95 % interval"
     assert [t.get_text() for t in legend.get_texts()] == ["scan model"]
+
+
+def test_one_bad_seed_does_not_hide_the_others() -> None:
+    seeds = [METRICS[METRICS["run_id"] == "scan0"].assign(run_id=f"s{i}") for i in range(5)]
+    seeds[3] = seeds[3].assign(value=0.5)
+    ax = draw.error_by_length(pd.concat(seeds)).axes[0]
+    strong = line(ax, "scan model (median of 5 seeds)")
+    thin = [x for x in ax.lines if x.get_linewidth() == 0.9 and len(x.get_xdata()) == len(LENGTHS)]
+    assert strong.get_ydata()[-1] < 0.5
+    assert [bool(min(x.get_ydata()) == 0.5) for x in thin].count(True) == 1
+    assert len(thin) == 5
 
 
 def test_no_errors_are_drawn_at_the_edge_as_hollow_points() -> None:
@@ -343,6 +355,16 @@ def test_records_are_told_apart_as_recipe_baselines_and_ablations() -> None:
         ("ablation", "state noise 0.5, late", 8),
         ("baseline", "GPT-2", 8),  # of the search, the better one
     }
+
+
+def test_a_limit_on_steps_makes_no_other_recipe_where_a_threshold_ends_the_stage() -> None:
+    def stages(limit: int, last: int) -> list[dict[str, Any]]:
+        ends = [{"max_steps": limit, "threshold": 0.98}, {"max_steps": last, "threshold": None}]
+        return [{"length": n, "lr": 1e-4, **e} for n, e in zip((2, 16), ends, strict=True)]
+
+    settings = [{"stages": stages(*steps)} for steps in ((10, 50), (20, 50), (10, 90))]
+    assert state_records.difference(settings[0], settings[1]) == ""
+    assert state_records.difference(settings[0], settings[2]) == "last stage 90 steps"
 
 
 def test_what_was_probed_is_read_back_from_records() -> None:

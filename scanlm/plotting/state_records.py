@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # state_noise was of the whole run before it was of a stage; no record has it there
 IGNORED = ("eval_", "compile_from_length", "log_every", "validation_sequences", "state_noise")
-STAGE_FIELDS = ("length", "lr", "dropout", "state_noise", "max_steps", "batch_size", "threshold")
+STAGE_FIELDS = ("length", "lr", "dropout", "state_noise", "batch_size", "threshold")
 
 
 def _training(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,6 +31,10 @@ def _training(parameters: Mapping[str, Any]) -> dict[str, Any]:
         elif name == "stages":
             for field in STAGE_FIELDS:
                 flat[f"stages.{field}"] = [stage.get(field) or 0 for stage in value]
+            # where a threshold ends a stage, its budget is only a limit
+            flat["stages.max_steps"] = [
+                0 if stage.get("threshold") else stage.get("max_steps") for stage in value
+            ]
         elif not name.startswith(IGNORED):
             flat[name] = value
     return flat

@@ -397,8 +397,8 @@ def error_by_length(
     """Error against length: the headline.
 
     A share of errors of exactly 0 lies at the lower edge, as a hollow point: the true one is
-    below 3 in the number of words measured. Of several seeds the line is the mean and the band
-    the range, of one the band is the 95 % interval if it was recorded; the legend says which.
+    below 3 in the number of words measured. Of several seeds the strong line is the median and
+    thin ones are the seeds; of one, the band is the 95 % interval if it was recorded.
 
     Args:
         metrics: with the column ``by``.
@@ -427,7 +427,7 @@ def error_by_length(
         figure = new_figure(9.4, 5.0)
         ax = figure.subplots()
         longest = rows["length"].max()
-        bands = []
+        notes = []
         if trained_length is not None:
             reach = (
                 trained_length
@@ -447,8 +447,9 @@ def error_by_length(
             )
         for label in labels:
             look, part = looks[label], rows[rows[by] == label]
-            table = part.groupby("length")["error"].agg(["mean", "min", "max"])
-            x, y = table.index.to_numpy(float), table["mean"].to_numpy()
+            several = _seeds(part) > 1
+            middle = part.groupby("length")["error"].median()
+            x, y = middle.index.to_numpy(float), middle.to_numpy()
             ax.plot(
                 x,
                 np.maximum(y, floor),
@@ -456,7 +457,7 @@ def error_by_length(
                 ls=look.linestyle,
                 marker=look.marker,
                 ms=4.5,
-                label=f"{label} (mean of {_seeds(part)} seeds)" if _seeds(part) > 1 else label,
+                label=f"{label} (median of {_seeds(part)} seeds)" if several else label,
             )
             zero = y == 0
             ax.plot(
@@ -469,22 +470,31 @@ def error_by_length(
                 clip_on=False,
                 zorder=4,
             )
-            low, high = table["min"], table["max"]
-            if _seeds(part) > 1:
-                bands.append("range over the seeds")
+            if zero.any():
+                notes.append("hollow: no error found")
+            if several:
+                notes.append("thin: each seed")
+                for _, seed in part.sort_values("length").groupby("run_id"):
+                    ax.plot(
+                        seed["length"],
+                        np.maximum(seed["error"], floor),
+                        color=look.color,
+                        lw=0.9,
+                        alpha=0.5,
+                        zorder=1.5,
+                    )
             elif {"low", "high"} <= set(part):
-                bands.append("95 % interval")
+                notes.append("band: 95 % interval")
                 bounds = part.groupby("length")[["low", "high"]].mean()
-                low, high = 1 - bounds["high"], 1 - bounds["low"]
-            ax.fill_between(
-                x,
-                np.maximum(low, floor),
-                np.maximum(high, floor),
-                where=~zero,  # the interval of no error at all would cover everything
-                color=look.color,
-                alpha=0.14,
-                lw=0,
-            )
+                ax.fill_between(
+                    x,
+                    np.maximum(1 - bounds["high"], floor),
+                    np.maximum(1 - bounds["low"], floor),
+                    where=~zero,  # the interval of no error at all would cover everything
+                    color=look.color,
+                    alpha=0.14,
+                    lw=0,
+                )
         ax.axhline(0.01, color=MUTED, lw=0.9, ls=(0, (2, 3)), zorder=1)
         if chance is not None:
             ax.axhline(chance, color=MUTED, lw=1.0, ls=(0, (5, 3)), zorder=1)
@@ -515,8 +525,8 @@ def error_by_length(
         depth.set_xlabel("depth of the tree behind the last prefix", fontsize=8.5, color=MUTED)
         depth.tick_params(labelsize=8, length=2)
         depth.spines["top"].set_visible(False)
-        if len(labels) > 1 or bands:
-            note = f"band: {' or '.join(dict.fromkeys(bands))}" if bands else None
+        if len(labels) > 1 or notes:
+            note = "; ".join(sorted(set(notes))) or None
             ax.legend(
                 loc="best", title=note, title_fontsize=8.5, alignment="left", handlelength=2.6
             )
@@ -526,7 +536,7 @@ def error_by_length(
 
 
 def _percent(value: float, _: object = None) -> str:
-    return f"{100 * value:.4g} %"
+    return f"{np.format_float_positional(100 * value, 4, fractional=False, trim='-')} %"
 
 
 def reach_points(

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -448,6 +449,89 @@ def test_prompts_are_drawn_once_for_a_model_that_has_several_ways_to_decode() ->
     ]
     (ax,) = inference.prefill(pd.DataFrame(rows)).axes
     assert [line.get_label() for line in ax.lines] == ["scanlm", "GPT-2, static KV buffer"]
+
+
+def inference_rows(name: str, values: dict[str, list[float]], **fields: object) -> pd.DataFrame:
+    """Values at positions 100, 200, ... by model."""
+    return pd.DataFrame(
+        {"model": model, "position": 100.0 * (i + 1), "value": value, "name": name, **fields}
+        for model, found in values.items()
+        for i, value in enumerate(found)
+    )
+
+
+def test_a_way_to_run_gpt2_looks_the_same_in_every_figure() -> None:
+    ways = [name for name in inference.WAYS if name.startswith("gpt2")]
+    looks = {}
+    for models in (ways, ways[:1:-1], ["gpt2_math"]):
+        rows = inference_rows("ms_per_token", {name: [1.0] for name in models}, part="positions")
+        for line in inference.time_by_position(rows).axes[0].lines:
+            look = (line.get_linestyle(), line.get_marker(), line.get_color())
+            assert looks.setdefault(line.get_label(), look) == look
+    assert len(set(looks.values())) == len(looks) == len(ways)
+    assert looks[inference.LABELS["gpt2_math"]][2] != style.FAMILIES["gpt2"].color
+
+
+@pytest.mark.parametrize(
+    ("name", "draw"), [("prefill_seconds", inference.prefill), ("state_bytes", inference.memory)]
+)
+def test_of_several_gpt2_that_hardly_differ_the_best_is_drawn(
+    name: str, draw: Callable[..., Figure]
+) -> None:
+    values = {"scanlm": [1.0, 1.0], "gpt2_graph": [3.0, 5.0], "gpt2_static": [4.0, 4.0]}
+    values["gpt2_math"] = [0.5, 0.5]  # handicapped, in whatever
+    (ax,) = draw(inference_rows(name, values, part="positions")).axes
+    lines = {line.get_label(): [*line.get_ydata()] for line in ax.lines}
+    assert lines == {
+        "scanlm": [1.0, 1.0],
+        inference.LABELS["gpt2_best"]: [3.0, 4.0],
+        inference.LABELS["gpt2_math"]: [0.5, 0.5],
+    }
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["100", "200"]
+
+
+def test_memory_shows_the_most_held_beside_what_was_measured() -> None:
+    rows = inference_rows("state_bytes", {"scanlm": [3.0, 1.0]}, part="positions")
+    most = pd.Series({100.0: 3.0, 150.0: 4.0, 200.0: 5.0})
+    measured, stairs = inference.memory(rows, most=most).axes[0].lines
+    assert [*measured.get_ydata()] == [3.0, 1.0]
+    assert [*stairs.get_ydata()] == [3.0, 4.0, 5.0]
+    assert stairs.get_markevery() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("c", "window", "last", "paused"),
+    [
+        (4, 4, 106, {2}),  # tokens 102 to 105 are the first window
+        (8, 4, 106, {2, 6}),
+        (4, 8, 110, set()),  # every other chunk only: a median does not see it
+        (4, 3, 105, set()),  # another place each time
+    ],
+)
+def test_a_place_that_is_always_timed_after_a_pause_is_marked(
+    c: int, window: int, last: int, paused: set[int]
+) -> None:
+    usual = {"model": "scanlm", "part": "timeline", "chunk_size": c}
+    places = [
+        {**usual, "name": "ms_at_place", "place": p, "value": 5.0 if p in (0, 2, 6) else 1.0}
+        for p in range(c)
+    ]
+    rows = [
+        *places,
+        {**usual, "name": "ms_per_token", "position": last + window, "n": window, "value": 1.0},
+        {**usual, "name": "ms_per_token", "position": last, "n": window, "value": 1.0},
+        {**usual, "name": "border_ms", "combines": 1, "n": 3, "value": 1.0},
+    ]
+    ax = inference.borders(pd.DataFrame(rows)).axes[0]
+    pale = {i for i, bar in enumerate(ax.patches) if bar.get_facecolor()[:3] == to_rgb(style.FAINT)}
+    assert pale == paused
+    assert len(ax.texts) == len(paused)
+
+
+def test_throughput_says_at_which_position() -> None:
+    rows = inference_rows("tokens_per_second", {"scanlm": [1.0]}, part="batches", batch_size=1)
+    title = "Throughput by batch size, at position 100"
+    assert inference.throughput(rows).axes[0].get_title(loc="left") == title
 
 
 def test_memory_bars_are_in_megabytes() -> None:

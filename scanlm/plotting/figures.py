@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -271,37 +272,61 @@ def _cost_by_chunk_size(_: Records) -> Figure:
     return cost.flops_by_part(pd.DataFrame(rows).T)
 
 
-def _state_bytes(records: Records) -> Figure:
-    """Of the scan model the most it held up to each position.
+def _inference_runs(records: Records, size: str) -> pd.DataFrame:
+    runs = records.runs("inference")
+    runs = runs[runs["model"] == size]
+    if runs.empty:
+        raise NoRecords(f"no inference records of size {size}")
+    return runs
+
+
+def _most_states(runs: pd.DataFrame, positions: Iterable[float]) -> pd.Series:
+    """By position, the most that the scan model of the inference benchmark held up to there.
 
     What it holds at one depends on the binary digits of the number of chunks.
     """
     from scanlm.benchmark.ratios import most_state_bytes
 
-    runs = records.runs("inference")
-    runs = runs[runs["model"] == "base"]
-    if runs.empty:
-        raise NoRecords("no inference records of size base")
+    parameters = runs["parameters"].iloc[0]
+    return pd.Series({p: most_state_bytes(parameters, int(p)) for p in positions})
+
+
+def _state_bytes(records: Records) -> Figure:
+    """Of the scan model the most it held up to each position."""
+    runs = _inference_runs(records, "base")
     metrics, caption = records.metrics("inference", runs)
     others = ("gpt2_dynamic", "gpt2_tuned")  # keep as much as gpt2_graph
     rows = metrics[(metrics["part"] == "positions") & ~metrics["model"].isin(others)].copy()
     scan = (rows["model"] == "scanlm") & (rows["name"] == "state_bytes")
-    parameters = runs["parameters"].iloc[0]
-    rows.loc[scan, "value"] = [most_state_bytes(parameters, int(p)) for p in rows["position"][scan]]
+    held = rows.loc[scan, "position"]
+    rows.loc[scan, "value"] = held.map(_most_states(runs, held))
     return cost.state_bytes(rows, source=f"{caption}; scanlm: the most up to each position")
 
 
 def _inference(draw: Callable[..., Figure], size: str = "base") -> Callable[[Records], Figure]:
     def make(records: Records) -> Figure:
-        files = sorted((records.folder / "inference").glob(f"{size}-*.json"))
-        if not files:
-            raise NoRecords(f"no records of size {size} in {records.folder / 'inference'}")
-        from scanlm.records import read_metrics, read_runs
-
+        metrics, caption = records.metrics("inference", _inference_runs(records, size))
         try:
-            return draw(read_metrics(*files), source=source(read_runs(*files)))
+            return draw(metrics, source=f"size {caption}")
         except ScanLMError as reason:  # of a part of the benchmark that was not run
             raise NoRecords(str(reason)) from reason
+
+    return make
+
+
+def _inference_memory(size: str) -> Callable[[Records], Figure]:
+    """With the most that the scan model held at any position, beside what it held at a few."""
+
+    def make(records: Records) -> Figure:
+        runs = _inference_runs(records, size)
+
+        def draw(metrics: pd.DataFrame, source: str) -> Figure:
+            held = inference.select(metrics, "state_bytes", "positions")["position"]
+            between = np.geomspace(held.min(), held.max(), 400).round()
+            most = _most_states(runs, np.union1d(between, held))
+            return inference.memory(metrics, source=source, most=most)
+
+        return _inference(draw, size)(records)
 
     return make
 
@@ -394,7 +419,8 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "inference_speed": _inference(inference.timeline, "original"),
     "inference_positions_original": _inference(inference.time_by_position, "original"),
     "inference_positions": _inference(inference.time_by_position),
-    "inference_memory": _inference(inference.memory),
+    "inference_memory": _inference_memory("base"),
+    "inference_memory_original": _inference_memory("original"),
     "inference_prefill": _inference(inference.prefill),
     "inference_borders": _inference(inference.borders),
     "inference_chunk_sizes": _inference(inference.chunk_sizes),

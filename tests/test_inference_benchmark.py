@@ -395,6 +395,17 @@ def test_the_table_compares_with_the_floor_and_with_gpt2(metrics: pd.DataFrame) 
     assert by_batch["times_floor"].tolist() == table["times_floor"].tolist()
 
 
+def test_what_more_rows_bring_is_taken_apart() -> None:
+    rows: list[dict[str, Any]] = [{"name": "bandwidth", "value": 1e9}]
+    for batch, read, median, mean in ((1, 2e6, 4.0, 5.0), (8, 8e6, 8.0, 20.0)):
+        found = {"read_bytes": read, "ms_per_token": median, "ms_per_token_mean": mean}
+        at = {"part": "batches", "model": "scanlm", "batch_size": batch}
+        rows += [{"name": name, "value": value, **at} for name, value in found.items()]
+    gains = draw.batch_gains(pd.DataFrame(rows))
+    assert gains.loc[1].tolist() == [2.0, 2.0, 1.0, 1.0, 1.0]
+    assert gains.loc[8].tolist() == [8.0, 1.0, 2.0, 4.0, 2.0]
+
+
 def test_figures_hold_the_measurements(tmp_path: Path) -> None:
     metrics = read_metrics(benchmark_inference(tiny(tmp_path), report=lambda line: None).folder)
     figures: dict[str, Callable[..., Any]] = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from scanlm.benchmark.ratios import most_state_bytes
+from scanlm.benchmark.ratios import most_state_bytes, most_states
 from scanlm.decoder import Decoder
 from scanlm.errors import ScanLMError
 from scanlm.model import ScanLMConfig, ScanLMForCausalLM
@@ -254,6 +254,10 @@ def test_the_most_that_a_state_held_is_what_a_decoder_held(tokens: int) -> None:
         held.append(decoder.num_bytes)
     parameters = {"sizes": {"scan": shape}, "chunk_size": 2, "batch_size": 3, "dtype": "float32"}
     assert most_state_bytes(parameters, tokens) == max(held)
+    parts = most_states(parameters, tokens)
+    state = decoder.buffers.chunk.nbytes
+    assert parts["window"] * state == decoder.buffers.keys.nbytes + decoder.buffers.values.nbytes
+    assert parts["chunk"] == 1
 
 
 def test_no_recorded_state_is_larger_than_the_most() -> None:

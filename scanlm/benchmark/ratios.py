@@ -25,26 +25,36 @@ AIMS = {
 }
 
 
-def most_state_bytes(parameters: Mapping[str, Any], tokens: int) -> int:
-    """The most that the scan model's decoder held at any position up to ``tokens``.
+def most_states(parameters: Mapping[str, Any], tokens: int) -> dict[str, int]:
+    """Parts of the most that the scan model's decoder held at any position up to ``tokens``.
 
-    T2's window has one size, and so has the chunk so far. The counter after n chunks holds a root
-    for each 1 among the binary digits of n, and beside each its fold, but the largest root is its
-    own fold. At a power of two chunks that is one state, one chunk earlier it was the most.
+    The counter after n chunks holds a root for each 1 among the binary digits of n, and beside each
+    its fold, but the largest root is its own fold. At a power of two chunks that is one state, one
+    chunk earlier it was the most.
 
     Args:
         parameters: of a record of the inference benchmark.
         tokens: of a sequence, at least one.
+
+    Returns:
+        ``window`` of T2 and ``chunk`` so far, which have one size, and ``counter``; all counted in
+        states, of as many vectors as a chunk has.
     """
+    chunks = tokens // parameters["chunk_size"]
+    ones = (chunks + 1).bit_length() - 1  # the most of any number up to that of the chunks
+    blocks = parameters["sizes"]["scan"]["t2_layers"]
+    # each block's window: keys and values of [prefix ; chunk]
+    return {"window": 2 * 2 * blocks, "chunk": 1, "counter": max(2 * ones - 1, 0)}
+
+
+def most_state_bytes(parameters: Mapping[str, Any], tokens: int) -> int:
+    """The same in bytes, all parts together."""
     import torch
 
-    shape, c = parameters["sizes"]["scan"], parameters["chunk_size"]
-    ones = (tokens // c + 1).bit_length() - 1  # the most of any number up to that of the chunks
-    states = max(2 * ones - 1, 0) + 1  # the counter's and the chunk
-    window = 2 * shape["t2_layers"] * 2  # keys and values of [prefix ; chunk]
     dtype: torch.dtype = getattr(torch, parameters["dtype"])
-    state = parameters["batch_size"] * c * shape["n_embd"] * dtype.itemsize
-    return (window + states) * state
+    vectors = parameters["batch_size"] * parameters["chunk_size"]
+    state = vectors * parameters["sizes"]["scan"]["n_embd"] * dtype.itemsize
+    return sum(most_states(parameters, tokens).values()) * state
 
 
 def inference_ratios(metrics: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, float]:

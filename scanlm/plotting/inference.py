@@ -422,3 +422,27 @@ def floor_table(metrics: pd.DataFrame, by: str = "position") -> pd.DataFrame:
     best = best_gpt2(medians, by).reindex(result.index.get_level_values(by))
     result["to_best_gpt2"] = result["ms_per_token"].to_numpy() / best.to_numpy()
     return result
+
+
+def batch_gains(metrics: pd.DataFrame) -> pd.DataFrame:
+    """How many times the tokens of one row several rows of the scan model bring, and why not more.
+
+    Args:
+        metrics: of one record, with the part on throughput.
+
+    Returns:
+        Index ``batch_size``; columns ``read_MB`` and ``times_floor`` of a step, then factors over
+        one row: ``at_equal_floors`` (a step as near to its floor as that of one row: what the bytes
+        allow), ``without_borders`` (of the median steps) and ``measured``.
+    """
+    table = floor_table(metrics, "batch_size").loc["scanlm"]
+    one, rows = table.loc[1], table.index.to_series()
+    return pd.DataFrame(
+        {
+            "read_MB": table["read_MB"],
+            "times_floor": table["times_floor"],
+            "at_equal_floors": rows * one["read_MB"] / table["read_MB"],
+            "without_borders": rows * one["ms_per_token"] / table["ms_per_token"],
+            "measured": rows * one["mean"] / table["mean"],
+        }
+    )

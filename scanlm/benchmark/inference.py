@@ -47,7 +47,7 @@ WINDOW = 64  # tokens of the timeline that share one record
 
 @dataclass(frozen=True)
 class InferenceSettings:
-    """What is measured; the defaults are the original's benchmark, beside it GPT-2 at its best.
+    """What is measured; the defaults are the original's benchmark, and GPT-2 in a static buffer.
 
     Args:
         size: "tiny", "original" (256 wide, T1 2 + T2 2 blocks) or "base" (768 wide, 1 + 12).

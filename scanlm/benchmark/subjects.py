@@ -5,6 +5,7 @@ scanlm_plain     ``forward`` with a ``ScanCache``, token by token, as ``generate
 scanlm_original  the original code's loop: T2 over the whole prefix for every token, which never
                  sees the current chunk (so it is not the model's function), in float32
 gpt2_graph       GPT-2 with a static KV buffer, compiled, one CUDA graph a step
+gpt2_tuned       the same, its kernels searched for longer
 gpt2_static      transformers' StaticCache, compiled in reduce-overhead mode
 gpt2_dynamic     transformers' DynamicCache, the flash attention kernel
 gpt2_math        the same in float32 with the math kernel alone: the original's handicap
@@ -288,7 +289,7 @@ class MathGPT2(GPT2):
 
 
 class GraphGPT2(GPT2):
-    """The best GPT-2: see ``scanlm.benchmark.static_gpt2``."""
+    """GPT-2 treated as the scan model is: see ``scanlm.benchmark.static_gpt2``."""
 
     note = "the buffer is as long as the positions measured, so it is captured anew for each"
     static: StaticGPT2 | None = None

@@ -112,12 +112,12 @@ def test_every_ablation_builds() -> None:
             build(settings.model_copy(update={"config": config}))
 
 
-def test_the_comparison_trains_nine_models_on_the_same_tokens() -> None:
+def test_the_comparison_trains_ten_models_on_the_same_tokens() -> None:
     listed = runs("comparison")
     settings = [training(run) for run in listed]
     assert sorted(s.model for s in settings) == sorted(
         [
-            *(f"scanlm_base_c{size}" for size in (32, 64, 128, 256)),
+            *(f"scanlm_base_c{size}" for size in (32, 64, 128, 256, 512)),
             "gpt2_small_wikitext103_nodrop",
             "gpt2_small_untied",
             "window_gpt2_small",

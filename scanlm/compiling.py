@@ -18,6 +18,7 @@ from transformers import GPT2LMHeadModel
 
 from scanlm import kernels
 from scanlm.model import ScanLMForCausalLM
+from scanlm.recurrent_model import RecurrentForCausalLM
 
 SHAPES = 64  # a curriculum has a shape a stage; beyond torch's own limit it would run uncompiled
 
@@ -26,8 +27,8 @@ def compile_model(model: nn.Module, backend: str = "inductor", many_shapes: bool
     """Compile a model in place; its parameters keep their names.
 
     A scan model: the leaves, T2's blocks and its final norm, T1 for any number of pairs, and the
-    loss. Mamba2: its blocks, in whose plain torch a compiler has most to fuse. Another model: as a
-    whole. Call it before the model is wrapped for several ranks, and evaluate under
+    loss. Mamba2, GLA and Gated DeltaNet in plain torch: their blocks. Another model: as a whole.
+    Call it before the model is wrapped for several ranks, and evaluate under
     ``torch.compiler.set_stance("eager_on_recompile")``, so that a batch of another shape is not
     compiled for.
 
@@ -44,6 +45,8 @@ def compile_model(model: nn.Module, backend: str = "inductor", many_shapes: bool
         blocks = model.transformer.h
     elif getattr(getattr(model, "config", None), "model_type", None) == "mamba2":
         blocks = cast(Any, model).backbone.layers
+    elif isinstance(model, RecurrentForCausalLM):
+        blocks = model.model.layers
     for block in blocks:
         block.compile(backend=backend, dynamic=False)
     if blocks:

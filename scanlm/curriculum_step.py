@@ -47,7 +47,9 @@ def build_model(settings: StateTrackingSettings, device: torch.device | str = "c
         else:
             from scanlm.baselines import build_model as build_registered
 
-            model = build_registered(settings.model, vocab_size=order, **settings.config)
+            # made on a CPU, GLA and Gated DeltaNet are plain torch: their fused kernels compute in
+            # blocks of 64 tokens, mostly padding in words this short, and not in float32
+            model = build_registered(settings.model, order, "cpu", **settings.config)
     check_lengths(model, [s.length for s in settings.stages])
     return model.to(device)
 

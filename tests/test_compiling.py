@@ -47,12 +47,13 @@ def test_the_step_is_the_same(make_model: Make, make_ids: Make, shape: dict[str,
     assert not counters["graph_break"]
 
 
-def test_blocks_of_mamba2_share_their_code(make_ids: Make) -> None:
+@pytest.mark.parametrize("name", ["mamba2_tiny", "gla_tiny", "gated_deltanet_tiny"])
+def test_blocks_of_recurrent_models_share_their_code(make_ids: Make, name: str) -> None:
     numbers = []
     for layers in (1, 3):
         torch._dynamo.reset()
         counters.clear()
-        model = build_model("mamba2_tiny", vocab_size=97, num_hidden_layers=layers).double()
+        model = build_model(name, vocab_size=97, num_hidden_layers=layers).double()
         expected = step(model, make_ids(2, 22))
         compile_model(model, backend="aot_eager")
         torch.testing.assert_close(step(model, make_ids(2, 22)), expected, rtol=1e-9, atol=1e-9)

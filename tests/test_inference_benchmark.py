@@ -198,6 +198,15 @@ def test_a_run_records_every_part(tmp_path: Path) -> None:
     read = metrics[(metrics["name"] == "read_bytes") & (metrics["model"] == "scanlm")]
     assert at["floor_ms"] == pytest.approx(1e3 * read["value"].iloc[0] / 1e10)
     assert run.summary["tokens_per_second"].keys() >= {"scanlm@1", "scanlm@3"}
+    spent = metrics[metrics["name"] == "kernel_milliseconds"]
+    assert set(zip(spent["part"], spent["model"], strict=True)) == {("batches", "scanlm")}
+    shown = draw.kernel_table(metrics, most=2)
+    assert list(shown.columns) == [1, 3]
+    assert shown.index[0] == "all kernels"
+    assert len(shown) == 3
+    total = spent[spent["batch_size"] == 3]["value"].sum()
+    assert shown.loc["all kernels", 3] == pytest.approx(total)
+    assert shown[3].iloc[1] >= shown[3].iloc[2] > 0
 
 
 def test_parts_may_be_of_fewer_models(tmp_path: Path) -> None:
@@ -245,7 +254,7 @@ def test_an_interrupted_run_keeps_what_it_measured_and_goes_on(
     run = benchmark_inference(settings, report=lines.append)
     assert len(lines) == 11 - 4
     done = read_metrics(run.folder)
-    keys = ["part", "model", "position", "batch_size", "chunk_size", "name"]
+    keys = ["part", "model", "position", "batch_size", "chunk_size", "name", "kernel"]
     assert not done[done["part"] != "timeline"].duplicated(keys).any()
     assert len(read_runs(tmp_path)) == 1
 

@@ -19,6 +19,7 @@ from scanlm import trees
 from scanlm.errors import ScanLMError
 from scanlm.plotting import comparison, cost, figures, inference, scan, style, training
 from scanlm.plotting.architecture import WORDS, architecture
+from scanlm.records import Run, export
 
 
 def boxes(ax: Axes, gid: str | None = None) -> list[FancyBboxPatch]:
@@ -760,3 +761,14 @@ def test_plotting_imports_neither_torch_nor_pyplot() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_record_of_batch_sizes_alone_is_not_drawn_along_positions(tmp_path: Path) -> None:
+    for positions in ([], [10]):
+        parameters = {"positions": positions, "max_new_tokens": 0}
+        run = Run.create("inference", "base", parameters, 0, root=tmp_path / "runs")
+        run.log("tokens_per_second", 1.0, part="batches", model="scanlm", batch_size=1)
+        run.finish({})
+        export(run.folder, tmp_path / "results")
+    runs = figures._inference_runs(figures.Records(tmp_path / "results"), "base")
+    assert [p["positions"] for p in runs["parameters"]] == [[10]]

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from scanlm.benchmark import training as bench
 from scanlm.benchmark.failures import is_out_of_memory
-from scanlm.benchmark.kernel_times import kind_of
+from scanlm.benchmark.kernel_times import kind_of, short_name
 from scanlm.benchmark.training import TrainingSpeedSettings, benchmark_training, plan
 from scanlm.benchmark.training_step import TrainingStep, Work, build, flops_per_token
 from scanlm.cli import app
@@ -182,6 +182,18 @@ def test_everything_is_recorded_and_exported(tmp_path: Path) -> None:
 )
 def test_kernels_are_told_apart_by_name(name: str, kind: str) -> None:
     assert kind_of(name) == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("void at::native::(anonymous namespace)::add<float, 4>(int, float)", "at::native::add"),
+        ("void cub::DeviceReduce<1>(int)", "cub::DeviceReduce"),
+        ("rows_kernel", "rows_kernel"),
+    ],
+)
+def test_kernels_have_short_names(name: str, short: str) -> None:
+    assert short_name(name) == short
 
 
 def test_where_the_time_goes(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ Four parts, each optional:
 
     timeline    prompt, then every new token timed (the original's benchmark): positions one by one
     positions   a prompt of each length is read in parallel, then some tokens are timed
-    batches     throughput of each batch size
+    batches     throughput of each batch size; of the scan model also the time in each kernel
     chunks      the scan model with other chunk sizes
 
 What ran is recorded as it comes in a run of the experiment ``inference``: an interrupted run keeps
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from scanlm.benchmark.checks import check_name
 from scanlm.benchmark.failures import is_out_of_memory
+from scanlm.benchmark.kernel_times import kernel_milliseconds, short_name
 from scanlm.benchmark.subjects import SIZES, SUBJECTS, Setting, Subject, no_leftovers
 from scanlm.benchmark.timing import (
     affordable_steps,
@@ -234,8 +235,9 @@ def _measure(
         label += f", chunk size {work.chunk_size}"
     device = settings.torch_device()
     new = settings.max_new_tokens if work.part == "timeline" else settings.steps + 16
-    # the period of a scan model may add most of a chunk to the steps
-    longest = work.position + new + work.chunk_size
+    # the period of a scan model may add most of a chunk to the steps, and the profile is a period
+    new += 2 * work.chunk_size
+    longest = work.position + new
     setting = Setting(
         settings.size,
         work.chunk_size,
@@ -247,7 +249,7 @@ def _measure(
     )
     try:
         subject = SUBJECTS[work.model](setting)
-        subject.room = new + work.chunk_size
+        subject.room = new
         logged = list((_timeline if work.part == "timeline" else _steady)(settings, work, subject))
     except Exception as error:
         # a kernel that refuses its input must not cost the measurements after it
@@ -296,6 +298,10 @@ def _steady(settings: InferenceSettings, work: Measurement, subject: Subject) ->
     yield "read_bytes", subject.weight_bytes + subject.read_bytes(), {}
     if device.type == "cuda":
         yield "peak_memory_bytes", torch.cuda.max_memory_allocated(device), {}
+    if work.part == "batches" and work.model == "scanlm":
+        count = subject.period  # with one border
+        for kernel, ms in kernel_milliseconds(subject.step, count, device, short_name).items():
+            yield "kernel_milliseconds", ms, {"kernel": kernel, "n": count}
 
 
 def _timeline(settings: InferenceSettings, work: Measurement, subject: Subject) -> Iterator[Logged]:

@@ -1,7 +1,8 @@
-"""Where the time of a training step goes: its kernels by what they are for."""
+"""Where the time of a step goes: its kernels, by what they are for or by name."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -29,8 +30,17 @@ def kind_of(name: str) -> str:
     return next(found, OTHER)
 
 
+def short_name(name: str) -> str:
+    """A kernel's name without its return type, template arguments and parameters."""
+    name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    return re.split(r"[<(]", name)[0]
+
+
 def kernel_milliseconds(
-    step: Callable[[], Any], count: int, device: torch.device
+    step: Callable[[], Any],
+    count: int,
+    device: torch.device,
+    group: Callable[[str], str] = kind_of,
 ) -> dict[str, float]:
     """Milliseconds of a step by kind of kernel, largest first.
 
@@ -39,8 +49,10 @@ def kernel_milliseconds(
         count: steps to average over.
         device: a GPU, whose kernels are counted; or a CPU, whose operations are (each without
             those that it calls).
+        group: of a kernel's name, what it is counted as.
     """
     cuda = device.type == "cuda"
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its own start
     activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
     with profile(activities=activities) as recorded:
         for _ in range(count):
@@ -54,6 +66,6 @@ def kernel_milliseconds(
         if cuda and event.key.startswith("Optimizer."):  # a range around kernels
             continue
         spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-        kind = kind_of(event.key)
+        kind = group(event.key)
         times[kind] = times.get(kind, 0.0) + spent / 1e3 / count
     return dict(sorted(times.items(), key=lambda item: -item[1]))

@@ -273,8 +273,10 @@ def _cost_by_chunk_size(_: Records) -> Figure:
 
 
 def _inference_runs(records: Records, size: str) -> pd.DataFrame:
+    """Those that went along the positions; others look into a batch size or chunk size only."""
     runs = records.runs("inference")
-    runs = runs[runs["model"] == size]
+    along = runs["parameters"].map(lambda p: bool(p["positions"] or p["max_new_tokens"]))
+    runs = runs[(runs["model"] == size) & along]
     if runs.empty:
         raise NoRecords(f"no inference records of size {size}")
     return runs

@@ -446,3 +446,23 @@ def batch_gains(metrics: pd.DataFrame) -> pd.DataFrame:
             "measured": rows * one["mean"] / table["mean"],
         }
     )
+
+
+def kernel_table(metrics: pd.DataFrame, most: int = 12) -> pd.DataFrame:
+    """Milliseconds a step of the scan model spends in each kernel, chunk borders shared out.
+
+    Args:
+        metrics: of one record, with the part on throughput.
+        most: kernels shown, those that take longest with the most rows.
+
+    Returns:
+        Index ``kernel``, a column each batch size; the sums of all kernels in the first row. Empty
+        if the record has no profile.
+    """
+    rows = metrics[metrics["name"] == "kernel_milliseconds"]
+    if rows.empty:
+        return rows
+    table = rows.pivot_table(index="kernel", columns="batch_size", values="value", fill_value=0.0)
+    table.columns = table.columns.astype(int)
+    table = table.sort_values(table.columns[-1], ascending=False)
+    return pd.concat([table.sum().to_frame("all kernels").T, table.head(most)])

@@ -61,7 +61,7 @@ class StateTrackingSettings(BaseModel):
     config: dict[str, Any] = {}
     group: str = "S5"
     stages: tuple[Stage, ...] = Field(min_length=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=1.0, gt=0)

@@ -725,8 +725,9 @@ def test_export_refuses_what_is_no_finished_run(trained: dict[str, Any], tmp_pat
 def test_curriculum_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
 
-    def record(settings: Any, **options: Any) -> None:
+    def record(settings: Any, **options: Any) -> list[Any]:
         calls.append((settings, options))
+        return []
 
     monkeypatch.setattr("scanlm.curriculum.train_many", record)
     options = ["--preset", "smoke", "--seeds", "0,2", "--set", "ema=0.99", "--out", tmp_path]
@@ -739,9 +740,16 @@ def test_curriculum_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_wrong_curricula_are_one_line() -> None:
     assert "seeds='a'" in refused("curriculum", "--seeds", "a")
+    assert "seed=4294967296" in refused("curriculum", "--seeds", 2**32)
     assert "Did you mean 'smoke'?" in refused("curriculum", "--preset", "smok")
     assert "Did you mean 'ema'?" in refused("curriculum", "--set", "emma=0")
     assert "'ema' is no assignment" in refused("curriculum", "--set", "ema")
+
+
+def test_a_diverged_curriculum_is_an_error(tmp_path: Path) -> None:
+    rates = ["--set", "stages.*.lr=1e30", "--set", "stages.*.warmup=0", "--set", "clip=1e30"]
+    said = refused("curriculum", "--preset", "smoke", *rates, "--out", tmp_path)
+    assert "1 of 1 runs diverged: scan-s0-" in said
 
 
 def test_an_interrupted_curriculum_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

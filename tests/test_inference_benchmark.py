@@ -305,6 +305,7 @@ def test_a_model_that_does_not_fit_does_not_stop_the_sweep(
         ({"models": ("scanml",)}, "unknown model 'scanml'. Did you mean 'scanlm'"),
         ({"timeline_models": ("gpt3",)}, "unknown model 'gpt3'"),
         ({"batch_models": ("gpt3",)}, "unknown model 'gpt3'"),
+        ({"timeline_models": ("gla",)}, "timeline_models: 'gla' is none of the models, scanlm"),
         ({"models": ()}, "no models given"),
         ({"dtype": "float23"}, "unknown dtype 'float23'. Did you mean 'float32'"),
         ({"device": "cudo"}, "device 'cudo' cannot be used"),

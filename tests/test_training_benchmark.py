@@ -89,6 +89,7 @@ def test_chunk_sizes_take_the_registry_id_of_their_size(tmp_path: Path) -> None:
         ({"device": "gpu"}, "device 'gpu' cannot be used"),
         ({"seq_lens": (0,)}, "seq_lens: 0"),
         ({"models": ()}, "no models"),
+        ({"num_workers": -1}, "num_workers=-1: expected"),
     ],
 )
 def test_mistakes(tmp_path: Path, values: dict[str, Any], message: str) -> None:

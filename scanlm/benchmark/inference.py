@@ -96,8 +96,16 @@ class InferenceSettings:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name in (*self.models, *(self.timeline_models or ()), *(self.batch_models or ())):
+        for name in self.models:
             check_name("model", name, SUBJECTS)
+        for option in ("timeline_models", "batch_models"):
+            for name in getattr(self, option) or ():
+                check_name("model", name, SUBJECTS)
+                if name not in self.models:
+                    raise ScanLMError(
+                        f"{option}: {name!r} is none of the models, {', '.join(self.models)}: add "
+                        "it to them"
+                    )
         check_name("size", self.size, SIZES)
         if self.dtype is not None:
             check_name("dtype", self.dtype, DTYPES)

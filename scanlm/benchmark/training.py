@@ -128,6 +128,8 @@ class TrainingSpeedSettings:
             for value in values:
                 if value < 1:
                     raise ScanLMError(f"{name}: {value} is not possible; expected >= 1")
+        if self.num_workers < 0:
+            raise ScanLMError(f"num_workers={self.num_workers}: expected an integer >= 0")
         if self.models is not None and not self.models:
             raise ScanLMError("no models given: name some, see scanlm models")
 

@@ -44,16 +44,21 @@ def curriculum(
     if not words or not all(word.isdecimal() for word in words):
         raise ScanLMError(f"seeds={seeds!r}: expected numbers, e.g. 0,1,2")
     settings = [preset_settings(preset, set_ or (), seed=int(word)) for word in words]
-    side_by_side(
+    records = side_by_side(
         settings, root=out, device=device, max_seconds=max_seconds, save_weights=save_weights
     )
+    lost = [record.folder.name for record in records if record.status == "diverged"]
+    if lost:
+        raise ScanLMError(
+            f"{len(lost)} of {len(records)} runs diverged: {', '.join(lost)}: lower stages.*.lr"
+        )
 
 
-def side_by_side(settings: Sequence[StateTrackingSettings], **options: Any) -> None:
+def side_by_side(settings: Sequence[StateTrackingSettings], **options: Any) -> list[Any]:
     """``curriculum.train_many`` that reports its progress, and what an interrupt leaves."""
     from scanlm.curriculum import train_many
 
     try:
-        train_many(settings, progress=typer.echo, **options)
+        return train_many(settings, progress=typer.echo, **options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("all runs are saved; the same command goes on") from None

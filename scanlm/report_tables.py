@@ -276,7 +276,8 @@ TABLES = (
     ),
     Table(
         "State tracking on S5",
-        "Share of all positions answered right in new words of three lengths, in float32; the "
+        "Share of all positions answered right in new words of three lengths, in float32 (of a run "
+        "measured in bfloat16 alone, in that); the "
         "reach is the greatest length tested at which 99 % are. 10,000 words of each length up to "
         "1,024, and 500 longer ones.",
         _state_tracking,

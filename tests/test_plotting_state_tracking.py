@@ -152,6 +152,13 @@ def test_error_by_length_draws_one_precision_and_the_median_of_seeds() -> None:
     assert line(bf16, "GPT-2").get_ydata()[1] == pytest.approx(0.155)
 
 
+def test_a_run_measured_in_another_precision_only_is_drawn_with_that() -> None:
+    scan, gpt2 = (METRICS["series"] == name for name in ("scan model", "GPT-2"))
+    rows = draw.evaluated(METRICS[scan | (gpt2 & (METRICS["dtype"] == "bfloat16"))])
+    assert set(rows[rows["series"] == "scan model"]["dtype"]) == {"float32"}
+    assert set(rows[rows["series"] == "GPT-2"]["dtype"]) == {"bfloat16"}
+
+
 def test_the_legend_says_what_the_band_of_one_seed_is() -> None:
     one = METRICS[(METRICS["run_id"] == "scan0") & (METRICS["value"] < 1)]
     assert draw.error_by_length(one).axes[0].get_legend() is None

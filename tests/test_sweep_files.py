@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,12 +74,16 @@ def test_all_baselines_run_with_three_seeds_on_the_same_tokens() -> None:
 
 
 def test_the_search_covers_every_baseline() -> None:
-    searched = Counter(
-        (s.model, s.config.get("allow_neg_eigval")) for s in jobs("baselines_search")
-    )
-    wanted = {(s.model, s.config.get("allow_neg_eigval")) for s in jobs("baselines")}
-    assert set(searched) == wanted
-    assert set(searched.values()) == {6}  # three rates under two curricula
+    rates: dict[Any, dict[int, list[float]]] = {}
+    for s in jobs("baselines_search"):
+        kind = (s.model, s.config.get("allow_neg_eigval"))
+        found = rates.setdefault(kind, {2: [], 4: []})
+        found[s.stages[0].length].append(s.stages[0].lr)
+    assert set(rates) == {(s.model, s.config.get("allow_neg_eigval")) for s in jobs("baselines")}
+    for found in rates.values():
+        low, middle, high = sorted(found[2])
+        assert low < middle < high
+        assert found[4] == [middle]  # the other curriculum
 
 
 def test_baselines_build_at_sizes_near_gpt2s() -> None:

@@ -128,10 +128,18 @@ def _column(metrics: pd.DataFrame, name: str) -> pd.Series:
     return metrics[name] if name in metrics else metrics["value"] * np.nan
 
 
+def _in_precision(rows: pd.DataFrame, dtype: str | None) -> pd.DataFrame:
+    """Of each run what was measured in ``dtype``, or all if it has nothing in it."""
+    if not dtype or "dtype" not in rows:
+        return rows
+    fits = rows["dtype"] == dtype
+    return rows[fits | ~fits.groupby(rows["run_id"]).transform("any")]
+
+
 def evaluated(
     metrics: pd.DataFrame, name: str = "accuracy", dtype: str | None = "float32"
 ) -> pd.DataFrame:
-    """Evaluations by length of the test words, in one precision where several were measured.
+    """Evaluations by length of the test words: of a run in several precisions, those in ``dtype``.
 
     Raises:
         ScanLMError: the records have none.
@@ -142,8 +150,7 @@ def evaluated(
         & _column(metrics, "length").notna()
         & _column(metrics, "position").isna()
     ]
-    if dtype and "dtype" in rows and rows["dtype"].eq(dtype).any():
-        rows = rows[rows["dtype"] == dtype]
+    rows = _in_precision(rows, dtype)
     return _need(metrics, f"{name!r} by length on test words", rows)
 
 
@@ -621,8 +628,7 @@ def position_heatmap(
     """
     rows = metrics[(metrics["name"] == "accuracy") & _column(metrics, "position").notna()]
     rows = _need(metrics, "accuracy by position", rows)
-    if dtype and "dtype" in rows and rows["dtype"].eq(dtype).any():
-        rows = rows[rows["dtype"] == dtype]
+    rows = _in_precision(rows, dtype)
     shared = rows.groupby("run_id")["length"].max()  # the same words for each position of a row
     rows = rows[rows["length"] == rows["run_id"].map(shared)]
     runs = []

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from scanlm.benchmark.ratios import most_state_bytes
 from scanlm.records import read_metrics
-from scanlm.report_tables import Row, at_positions, number
+from scanlm.report_tables import Row, at_positions, number, percent
 
 if TYPE_CHECKING:
     import pandas as pd
 
-LENGTHS = (180, 1024)  # of test words of S5
+LENGTHS = (180, 1024, 16384)  # of test words of S5
 PROMPT = 10_000  # tokens of the prompt whose reading is told beside that of the longest
 STEP = {"part": "step", "batch_size": 64, "length": 512, "dtype": "bfloat16", "compiled": "yes"}
 
@@ -126,17 +126,21 @@ def _state_tracking(runs: pd.DataFrame) -> Iterator[Row]:
     if recipe.empty:
         return
     trained = recipe["parameters"].iloc[0]["stages"][-1]["length"]
-    for length in LENGTHS:
+    measured = set(evaluated(read_metrics(*recipe["path"]))["length"])
+    for length in sorted(measured & set(LENGTHS)):
         texts = []
         for chosen in (recipe, gpt2):
             if chosen.empty:
                 texts.append("not yet recorded")
                 continue
             rows = evaluated(read_metrics(*chosen["path"]))
-            values = 100 * rows[rows["length"] == length]["value"]
+            values = rows[rows["length"] == length]["value"]
+            if values.empty:
+                texts.append("beyond what it was tested on")
+                continue
             texts.append(
-                f"{number(values.median(), 3, ' %')} ({number(values.min(), 3)} to "
-                f"{number(values.max(), 3)}, {len(values)} seeds)"
+                f"{percent(values.median())} ({percent(values.min())} to {percent(values.max())}, "
+                f"{len(values)} {'seed' if len(values) == 1 else 'seeds'})"
             )
         what = f"S5, trained to length {trained}: right at length {length:,}, median (range)"
         yield _row(what, texts, _with_others(recipe["source"].iloc[0], len(recipe) - 1))

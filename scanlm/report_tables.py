@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Row = dict[str, str]
-LENGTHS = (180, 1024, 4096)  # of test words
+LENGTHS = (180, 1024, 4096, 16384)  # of test words
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,13 @@ class Table:
 def number(value: Any, digits: int = 2, unit: str = "") -> str:
     """With commas and unit; empty if there is none."""
     return "" if value is None or value != value else f"{value:,.{digits}f}{unit}"
+
+
+def percent(share: Any) -> str:
+    """A share in per cent, cut off after three digits: only what is exactly 1 is 100 %."""
+    if share is None or share != share:
+        return ""
+    return "100 %" if share == 1 else f"{math.floor(1e5 * share) / 1e3:.3f} %"
 
 
 def source(run: pd.Series) -> str:
@@ -149,7 +156,7 @@ def _state_tracking(runs: pd.DataFrame) -> Iterable[Row]:
             "parameters": number(_mapping(run["summary"]).get("parameters", 0) / 1e6, 1) + " M",
             "steps": number(_mapping(run["summary"]).get("steps"), 0),
             "trained to": f"{last['length']}, dropout {last['dropout']:g}",
-            **{f"right at {n:,}": number(100 * found[n], 3, " %") for n in LENGTHS if n in found},
+            **{f"right at {n:,}": percent(found[n]) for n in LENGTHS if n in found},
             "reach": f"{run['reach']:,}",
             "source": run["source"],
         }
@@ -276,7 +283,7 @@ TABLES = (
     ),
     Table(
         "State tracking on S5",
-        "Share of all positions answered right in new words of three lengths, in float32 (of a run "
+        "Share of all positions answered right in new words of some lengths, in float32 (of a run "
         "measured in bfloat16 alone, in that); the "
         "reach is the greatest length tested at which 99 % are. 10,000 words of each length up to "
         "1,024, and 500 longer ones.",

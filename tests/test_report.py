@@ -19,6 +19,7 @@ from scanlm.report import (
     results_section,
     update_documents,
 )
+from scanlm.report_tables import percent
 
 ROOT = Path(__file__).parent.parent
 SUMMARIES: dict[str, dict[str, Any]] = {
@@ -120,11 +121,14 @@ def trained(folder: Path, model: str, perplexity: float) -> None:
     export(run.folder, folder / "data" / "results")
 
 
-def state_tracking(folder: Path, seed: int, right: float) -> None:
+def state_tracking(
+    folder: Path, seed: int, right: float, model: str = "scan", longest: int = 1024
+) -> None:
     stages = [{"length": 16, "dropout": 0.1}]
-    run = Run.create("s5", "scan", {"stages": stages}, seed, root=folder / "runs")
+    run = Run.create("s5", model, {"stages": stages}, seed, root=folder / "runs")
     axes = {"split": "test", "dtype": "float32"}
-    metrics = [("accuracy", right, {**axes, "length": n}) for n in (16, 180, 1024)]
+    lengths = [n for n in (16, 180, 1024) if n <= longest]
+    metrics = [("accuracy", right, {**axes, "length": n}) for n in lengths]
     exported(folder, run, *metrics)
 
 
@@ -163,6 +167,14 @@ def test_a_table_of_state_tracking(tmp_path: Path) -> None:
     row = cells(section(tmp_path, "State tracking on S5"))
     assert row[:2] == ["scan model", "0"]
     assert row[3:8] == ["700", "16, dropout 0.1", "99.000 %", "99.000 %", "180"]
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(1, "100 %"), (0.9999999, "99.999 %"), (0.5, "50.000 %"), (0, "0.000 %"), (None, "")],
+)
+def test_nothing_but_all_is_a_hundred_per_cent(share: float | None, text: str) -> None:
+    assert percent(share) == text
 
 
 def test_a_table_of_steps_a_second(tmp_path: Path) -> None:
@@ -237,10 +249,15 @@ def test_headlines_compare_with_the_best_gpt2_and_all_seeds(tmp_path: Path) -> N
     what = "perplexity on enwiki2019's validation text, trained on 2.0 M tokens"
     assert rows[what] == ["8.00 to 9.00 (chunks of 128 to 64)", "7.50"]
     assert rows["S5, trained to length 16: right at length 180, median (range)"] == [
-        "75.000 % (50.000 to 100.000, 3 seeds)",
+        "75.000 % (50.000 % to 100 %, 3 seeds)",
         "not yet recorded",
     ]
     assert "(data/results/inference/base-s42-" in text
+    state_tracking(tmp_path, 0, 0.1, model="gpt2_tiny", longest=180)
+    text = results_section(tmp_path / "data" / "results", tmp_path)
+    found = {cells(line)[0].split(": ")[-1]: cells(line)[2] for line in text.splitlines()}
+    assert found["right at length 180, median (range)"] == "10.000 % (10.000 % to 10.000 %, 1 seed)"
+    assert found["right at length 1,024, median (range)"] == "beyond what it was tested on"
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 13, 14, 32, 40])

@@ -9,8 +9,7 @@ operations a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,22 +39,14 @@ def compile_model(model: nn.Module, backend: str = "inductor", many_shapes: bool
     """
     kernels.trusted(next(model.parameters()).device)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
-    blocks: Iterable[nn.Module] = ()
-    if isinstance(model, GPT2LMHeadModel) and many_shapes:
-        blocks = model.transformer.h
-    elif getattr(getattr(model, "config", None), "model_type", None) == "mamba2":
-        blocks = cast(Any, model).backbone.layers
-    elif isinstance(model, RecurrentForCausalLM):
-        blocks = model.model.layers
-    for block in blocks:
-        block.compile(backend=backend, dynamic=False)
-    if blocks:
-        return
-    if not isinstance(model, ScanLMForCausalLM):
+    blocks = _equal_blocks(model, many_shapes)
+    if blocks is None:
         model.compile(backend=backend)
         return
-    for block in model.t2.h:
+    for block in blocks:
         block.compile(backend=backend, dynamic=False)
+    if not isinstance(model, ScanLMForCausalLM):
+        return
     model.t1.compile(backend=backend)  # its second shape is compiled for every number of pairs
     for owner, name in (
         (model, "leaves"),
@@ -64,3 +55,16 @@ def compile_model(model: nn.Module, backend: str = "inductor", many_shapes: bool
     ):
         compiled = torch.compile(getattr(owner, name), backend=backend, dynamic=False)
         setattr(owner, name, compiled)
+
+
+def _equal_blocks(model: Any, many_shapes: bool) -> nn.ModuleList | None:
+    """Blocks that differ in their weights only; ``None`` if the whole is to be compiled."""
+    if isinstance(model, ScanLMForCausalLM):
+        return model.t2.h
+    if isinstance(model, RecurrentForCausalLM):
+        return model.model.layers
+    if isinstance(model, GPT2LMHeadModel):
+        return model.transformer.h if many_shapes else None
+    # not by its class, which would import Mamba2 for everyone
+    config = getattr(model, "config", None)
+    return model.backbone.layers if getattr(config, "model_type", None) == "mamba2" else None

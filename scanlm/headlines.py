@@ -126,14 +126,14 @@ def _state_tracking(runs: pd.DataFrame) -> Iterator[Row]:
     if recipe.empty:
         return
     trained = recipe["parameters"].iloc[0]["stages"][-1]["length"]
-    measured = set(evaluated(read_metrics(*recipe["path"]))["length"])
-    for length in sorted(measured & set(LENGTHS)):
+    scan_rows = evaluated(read_metrics(*recipe["path"]))
+    gpt2_rows = None if gpt2.empty else evaluated(read_metrics(*gpt2["path"]))
+    for length in sorted(set(scan_rows["length"]) & set(LENGTHS)):
         texts = []
-        for chosen in (recipe, gpt2):
-            if chosen.empty:
+        for rows in (scan_rows, gpt2_rows):
+            if rows is None:
                 texts.append("not yet recorded")
                 continue
-            rows = evaluated(read_metrics(*chosen["path"]))
             values = rows[rows["length"] == length]["value"]
             if values.empty:
                 texts.append("beyond what it was tested on")

@@ -13,6 +13,7 @@ optimiser's state and the scan's index tensors are made, and only then is the st
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from collections.abc import Callable
@@ -185,8 +186,8 @@ class Learner:
         rows = round(share * stage.batch)
         if rows:
             self._logits = lambda x: folded_logits(self.model, x, rows)
-        if self.stream is not None:  # the runs' streams do not wait for the default one
-            torch.cuda.synchronize(self.device)
+        if self.stream is not None:  # streams do not wait for the default one by themselves
+            self.stream.wait_stream(torch.cuda.default_stream(self.device))
 
     def _plain_logits(self, x: Tensor) -> Tensor:
         return word_logits(self.model, x)
@@ -324,11 +325,18 @@ class Learner:
     def _capture(self, function: Callable[[], None], training: bool) -> Callable[[], None]:
         """The function as a CUDA graph; where that is not possible, the function itself."""
         self._forget_gradients()
+        gc.collect()  # an old graph must not be destroyed while this one is captured
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        if torch.cuda.memory_reserved(self.device) > total / 2:
+            torch.cuda.empty_cache()  # a capture cannot free what old graphs held
         graph = torch.cuda.CUDAGraph()
         try:
-            # entering waits for all streams; other runs go on afterwards
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            # not torch.cuda.graph, which waits until the device is idle: other runs go on
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
                 self._eager(function, training)
+            finally:
+                graph.capture_end()
         except RuntimeError as error:
             message = str(error).splitlines()[0]
             warnings.warn(

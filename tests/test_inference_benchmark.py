@@ -19,6 +19,7 @@ from scanlm.cli import app
 from scanlm.errors import ScanLMError
 from scanlm.plotting import inference as draw
 from scanlm.records import read_metrics, read_runs
+from scanlm.report_tables import at_positions
 from scanlm.scan import OnlineScan
 
 CPU = torch.device("cpu")
@@ -200,13 +201,11 @@ def test_a_run_records_every_part(tmp_path: Path) -> None:
     assert run.summary["tokens_per_second"].keys() >= {"scanlm@1", "scanlm@3"}
     spent = metrics[metrics["name"] == "kernel_milliseconds"]
     assert set(zip(spent["part"], spent["model"], strict=True)) == {("batches", "scanlm")}
-    shown = draw.kernel_table(metrics, most=2)
+    shown = draw.kernel_table(metrics)
     assert list(shown.columns) == [1, 3]
-    assert shown.index[0] == "all kernels"
-    assert len(shown) == 3
     total = spent[spent["batch_size"] == 3]["value"].sum()
-    assert shown.loc["all kernels", 3] == pytest.approx(total)
-    assert shown[3].iloc[1] >= shown[3].iloc[2] > 0
+    assert shown.loc["all kernels", 3] == shown.loc["others", 3] == pytest.approx(total)
+    assert "products and norms, at least" not in shown.index  # a CPU has none of the kernels
 
 
 def test_parts_may_be_of_fewer_models(tmp_path: Path) -> None:
@@ -414,6 +413,50 @@ def test_what_more_rows_bring_is_taken_apart() -> None:
     gains = draw.batch_gains(pd.DataFrame(rows))
     assert gains.loc[1].tolist() == [2.0, 2.0, 1.0, 1.0, 1.0]
     assert gains.loc[8].tolist() == [8.0, 1.0, 2.0, 4.0, 2.0]
+
+
+def test_kernels_that_overlap_leave_the_least_of_the_rest() -> None:
+    rows: list[dict[str, Any]] = []
+    for batch, window in ((1, 2.0), (64, 9.0)):
+        at = {"part": "batches", "model": "scanlm", "batch_size": batch}
+        steps = {"ms_per_token": 8.0, "ms_per_token_mean": 10.0}
+        kernels = {"matrix_kernel": 7.0, "window_kernel": window, "embed_kernel": 1.0, "nvjet": 3.0}
+        rows += [{"name": name, "value": value, **at} for name, value in steps.items()]
+        rows += [
+            {"name": "kernel_milliseconds", "value": value, "kernel": kernel, **at}
+            for kernel, value in {**kernels, "Memset": 0.5}.items()
+        ]
+    assert draw.kernel_table(pd.DataFrame(rows)).to_dict() == {
+        batch: {
+            "the step, mean": 10.0,
+            "the step, median": 8.0,
+            "all kernels": 11.5 + window,
+            "matrix_kernel": 7.0,
+            "window_kernel": window,
+            "embed_kernel": 1.0,
+            "others": 3.5,
+            "products and norms, at least": rest,
+        }
+        for batch, window, rest in ((1, 2.0, 5.0), (64, 9.0, 0.0))
+    }
+    assert draw.kernel_table(pd.DataFrame(rows[:2])).empty
+
+
+def test_half_of_a_recorded_step_of_64_rows_is_products_and_norms() -> None:
+    """As README and notebook 5 say; from records that no other table or figure takes."""
+    results = Path(__file__).parents[1] / "data" / "results" / "inference"
+    runs = read_runs(*results.glob("*.json"))
+    with_kernels = []
+    for run in runs.to_dict("records"):
+        table = draw.kernel_table(read_metrics(run["path"]))
+        if len(table):
+            with_kernels.append((run["model"], run["run_id"]))
+            step = table[64]
+            assert step["products and norms, at least"] >= 0.5 * step["the step, median"]
+    assert sorted(size for size, _ in with_kernels) == ["base", "original"]
+    along = at_positions(runs)
+    assert sorted(along["model"]) == ["base", "original"]
+    assert not {name for _, name in with_kernels} & set(along["run_id"])
 
 
 def test_figures_hold_the_measurements(tmp_path: Path) -> None:

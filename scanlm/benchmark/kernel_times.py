@@ -44,6 +44,9 @@ def kernel_milliseconds(
 ) -> dict[str, float]:
     """Milliseconds of a step by kind of kernel, largest first.
 
+    Each kernel counts from its start to its end. Kernels that run side by side, as with
+    programmatic dependent launch, where one starts early and waits, add up to more than the step.
+
     Args:
         step: warmed up; queues its work.
         count: steps to average over.

@@ -63,6 +63,10 @@ WAYS = {
 # no fixed size, since T2's window is dropped at a chunk border and grows from there
 PLAIN = ("scanlm_plain", "scanlm_original")
 
+# kernels of the decoder's step; those of products and norms also fill the window of a few rows
+NOT_PRODUCTS = ("window_kernel", "best_part_kernel", "best_kernel", "embed_kernel")
+STEP_KERNELS = ("vector_kernel", "matrix_kernel", "norm_kernel", *NOT_PRODUCTS)
+
 
 def select(metrics: pd.DataFrame, name: str, part: str | None = None) -> pd.DataFrame:
     """Rows of one metric, of one part of the benchmark.
@@ -448,21 +452,40 @@ def batch_gains(metrics: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def kernel_table(metrics: pd.DataFrame, most: int = 12) -> pd.DataFrame:
+def kernel_table(metrics: pd.DataFrame) -> pd.DataFrame:
     """Milliseconds a step of the scan model spends in each kernel, chunk borders shared out.
+
+    On a GPU a kernel begins while the one before it still runs, and what is counted of it includes
+    its waiting. So a kernel's time is the most that it can have cost, and the sum of all exceeds
+    the step. Subtracted from the timed step they leave the least that the rest costs.
 
     Args:
         metrics: of one record, with the part on throughput.
-        most: kernels shown, those that take longest with the most rows.
 
     Returns:
-        Index ``kernel``, a column each batch size; the sums of all kernels in the first row. Empty
-        if the record has no profile.
+        A column each batch size. First the timed step (the mean and the median, which is that of a
+        step without a border) and the sum of all kernels, then those of the decoder's step and the
+        sum of the others; last, if the decoder's kernels ran, what the median step takes at least
+        without ``NOT_PRODUCTS``: for its products and norms. Empty if the record has no profile.
     """
     rows = metrics[metrics["name"] == "kernel_milliseconds"]
     if rows.empty:
         return rows
-    table = rows.pivot_table(index="kernel", columns="batch_size", values="value", fill_value=0.0)
-    table.columns = table.columns.astype(int)
-    table = table.sort_values(table.columns[-1], ascending=False)
-    return pd.concat([table.sum().to_frame("all kernels").T, table.head(most)])
+    kernels = rows.pivot_table(index="kernel", columns="batch_size", values="value", fill_value=0.0)
+    timed = metrics[(metrics["part"] == "batches") & (metrics["model"] == "scanlm")]
+    steps = timed.pivot_table(index="name", columns="batch_size", values="value")[kernels.columns]
+    median = steps.loc["ms_per_token"]
+    own = kernels.reindex([kernel for kernel in STEP_KERNELS if kernel in kernels.index])
+    table = {
+        "the step, mean": steps.loc["ms_per_token_mean"],
+        "the step, median": median,
+        "all kernels": kernels.sum(),
+        **{str(kernel): times for kernel, times in own.iterrows()},
+        "others": kernels.drop(own.index).sum(),
+    }
+    if len(own):
+        known = own.reindex(NOT_PRODUCTS, fill_value=0.0).sum()
+        table["products and norms, at least"] = (median - known).clip(lower=0.0)
+    result = pd.DataFrame(table).T
+    result.columns = result.columns.astype(int)
+    return result

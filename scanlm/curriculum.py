@@ -372,15 +372,15 @@ def train_many(
                         t.collect()
                         if t.diverged or t.stage_index > stage:
                             say(_state(t))
+                if time.perf_counter() - saved_at > checkpoint_seconds:
+                    _save_all(trainees)  # which may end a run's training
+                    saved_at = time.perf_counter()
                 active = [
                     t
                     for t in active
                     if not (t.trained or t.diverged)
                     and (max_steps is None or t.learner.step - begun[id(t)] < max_steps)
                 ]
-                if time.perf_counter() - saved_at > checkpoint_seconds:
-                    _save_all(trainees)
-                    saved_at = time.perf_counter()
             _save_all(trainees)
             if interrupted():
                 raise KeyboardInterrupt

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scanlm import ScanLMConfig, ScanLMForCausalLM, curriculum_step
+from scanlm import ScanLMConfig, ScanLMForCausalLM, curriculum, curriculum_step
 from scanlm.curriculum import check_same_training, open_run, preset_settings, train, train_many
 from scanlm.curriculum_settings import PRESETS, Stage
 from scanlm.curriculum_step import Learner, folded_logits, learning_rate, noisy, set_dropout
@@ -346,6 +346,16 @@ def test_an_interrupt_waits_for_the_steps_that_have_begun(
     again = train_many(both, root=tmp_path / "cut", device="cpu")
     for one, other in zip(whole, again, strict=True):
         assert _metrics(one.folder) == _metrics(other.folder)
+
+
+def test_a_run_whose_last_steps_are_read_by_a_checkpoint_ends_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as on a GPU, where queued steps are not done yet when it is time to save
+    monkeypatch.setattr(curriculum._Trainee, "ready", lambda self: False)
+    settings = preset_settings("smoke", TINY)
+    record = train_many([settings], root=tmp_path, device="cpu", checkpoint_seconds=0.0)[0]
+    assert record.finished
 
 
 def test_a_diverged_run_is_marked_and_the_others_go_on(

@@ -141,6 +141,7 @@ def _state_tracking(runs: pd.DataFrame) -> Iterable[Row]:
     if runs.empty:
         return
     runs = sort_runs(runs)
+    runs = runs[runs["role"] != "search"]
     if runs.empty:
         return
     rows = evaluated(read_metrics(*runs["path"]))
@@ -158,6 +159,25 @@ def _state_tracking(runs: pd.DataFrame) -> Iterable[Row]:
             "trained to": f"{last['length']}, dropout {last['dropout']:g}",
             **{f"right at {n:,}": percent(found[n]) for n in LENGTHS if n in found},
             "reach": f"{run['reach']:,}",
+            "source": run["source"],
+        }
+
+
+def _state_tracking_search(runs: pd.DataFrame) -> Iterable[Row]:
+    from scanlm.plotting.state_records import sort_runs
+
+    runs = sort_runs(_of(runs, "s5"))
+    for _, run in runs[runs["role"] == "search"].sort_values(["series", "started"]).iterrows():
+        stages = run["summary"]["stages"]
+        yield {
+            "model": str(run["series"]),
+            "learning rate": f"{run['parameters']['stages'][0]['lr']:g}",
+            **{
+                f"length {stage['length']}": f"{stage['steps']:,} steps, "
+                f"{percent(stage['worst_position'])}"
+                for stage in stages
+            },
+            "M tokens": number(run["summary"]["tokens"] / 1e6, 1),
             "source": run["source"],
         }
 
@@ -288,6 +308,14 @@ TABLES = (
         "reach is the greatest length tested at which 99 % are. 10,000 words of each length up to "
         "1,024, and 500 longer ones.",
         _state_tracking,
+    ),
+    Table(
+        "State tracking on S5: the search for the comparison models",
+        "One seed each, stages up to length 4. A stage ends when its worst position is right on "
+        "98 % of new words, or after 1,500, 1,500 and 500 steps (2,500 where 4 comes first): the "
+        "steps it took and what the worst position then had. The rate and the first length that "
+        "got through on the fewest tokens, or got furthest, are those of the table above.",
+        _state_tracking_search,
     ),
     Table(
         "Time for a token",

@@ -353,6 +353,8 @@ def test_records_are_told_apart_as_recipe_baselines_and_ablations() -> None:
     noisy[1]["dropout"] = 0.1
     rows += [record("scan", 0, 8, stages=noisy)]
     rows += [record("gpt2_tiny", 0, 4), record("gpt2_tiny", 0, 8, clip=2.0)]
+    short = [{"length": 2, "lr": 1e-4, "max_steps": 10}]
+    rows += [record("gla_170M", seed, 99, stages=short) for seed in range(3)]
     runs = state_records.sort_runs(pd.DataFrame(rows))
     found = {(r["role"], r["series"], r["reach"]) for _, r in runs.iterrows()}
     assert found == {
@@ -360,7 +362,9 @@ def test_records_are_told_apart_as_recipe_baselines_and_ablations() -> None:
         ("ablation", "no dropout", 9999),
         ("ablation", "t1_causal", 7),
         ("ablation", "state noise 0.5, late", 8),
-        ("baseline", "GPT-2", 8),  # of the search, the better one
+        ("baseline", "GPT-2", 8),  # the better one
+        ("search", "GPT-2", 4),
+        ("search", "GLA", 99),  # trained on shorter words than the recipe
     }
 
 

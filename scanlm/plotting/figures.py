@@ -343,6 +343,8 @@ def _s5(
         runs = state_records.sort_runs(records.runs("s5"))
         recipe = runs[runs["role"] == "recipe"]
         chosen = runs[runs["role"].isin((*needed, beside))]
+        # the caption is of the first run
+        chosen = chosen.sort_values("role", key=lambda role: role != "recipe", kind="stable")
         if recipe.empty or not set(needed) <= set(chosen["role"]):
             raise NoRecords(f"no runs of every role of {', '.join(needed)} in the records of s5")
         metrics, caption = records.metrics("s5", chosen)

@@ -1,9 +1,9 @@
 """Which recorded state-tracking runs belong together, and what was probed in them.
 
 Runs that differ in the seed only are a *set*. The recipe is the scan model's set with most seeds
-and then the greatest reach; a baseline is, of each model and configuration, the set with most seeds
 and then the greatest reach; every other set of the scan model is an ablation, named by what differs
-from the recipe.
+from the recipe. A baseline is, of each model and configuration, the set with most seeds and then
+the greatest reach among those trained on words as long as the recipe's; the others are a search.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def difference(recipe: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 
 
 def sort_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs with the columns ``role`` ("recipe", "baseline", "ablation") and ``series``.
+    """The finished runs with the columns ``role`` and ``series``.
 
-    Runs of no role (those of a search that were not chosen, or that were stopped) are left out.
+    Roles are "recipe", "baseline", "ablation" and "search".
     """
     runs = runs[runs["status"] == "finished"]
     if runs.empty:
@@ -84,27 +84,31 @@ def sort_runs(runs: pd.DataFrame) -> pd.DataFrame:
     # for baselines: the model with its configuration, whatever the rates
     kinds = [run_label(run["model"], run["parameters"]) for _, run in runs.iterrows()]
     reach = [max((r or {"": 0}).values(), default=0) for r in runs["summary.reach"]]
-    runs = runs.assign(key=keys, series=kinds, reach=reach, role="")
+    trained = [p["stages"][-1]["length"] for p in runs["parameters"]]
+    runs = runs.assign(key=keys, series=kinds, reach=reach, trained=trained, role="")
     sets = runs.groupby("key").agg(
         model=("model", "first"),
         series=("series", "first"),
+        trained=("trained", "first"),
         seeds=("seed", "nunique"),
         reach=("reach", "median"),
     )
     sets = sets.sort_values(["seeds", "reach"], ascending=False)
-    recipe = next(iter(sets.index[sets["model"] == "scan"]), None)
-    chosen = {recipe: "recipe"}
-    for _, group in sets[sets["model"] != "scan"].groupby("series"):
-        chosen[group.index[0]] = "baseline"
-    for key in sets.index[sets["model"] == "scan"]:
-        chosen.setdefault(key, "ablation")
-    runs = runs.assign(role=runs["key"].map(chosen))
+    scan = sets["model"] == "scan"
+    recipe = next(iter(sets.index[scan]), None)
+    roles = scan.map({True: "ablation", False: "search"})
+    least = 0 if recipe is None else sets.loc[recipe, "trained"]
+    for _, group in sets[~scan & (sets["trained"] >= least)].groupby("series"):
+        roles[group.index[0]] = "baseline"
+    if recipe is not None:
+        roles[recipe] = "recipe"
+    runs = runs.assign(role=runs["key"].map(roles))
     if recipe is not None:
         base = runs.loc[runs["key"] == recipe, "parameters"].iloc[0]
         other = runs["role"] == "ablation"
         named = [difference(base, p) for p in runs.loc[other, "parameters"]]
         runs.loc[other, "series"] = named
-    return runs[runs["role"].notna()]
+    return runs
 
 
 def recorded_states(metrics: pd.DataFrame) -> pd.DataFrame:

@@ -301,6 +301,7 @@ def _mamba2(fields: dict[str, Any], device: torch.device | None) -> PreTrainedMo
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
     from scanlm.fused import no_kernel_advice
+    from scanlm.mamba2 import use_matrix_form
 
     no_kernel_advice()
     config = make_config(Mamba2Config, fields)
@@ -311,6 +312,7 @@ def _mamba2(fields: dict[str, Any], device: torch.device | None) -> PreTrainedMo
         with torch.no_grad():
             for block in model.backbone.layers:
                 block.mixer.out_proj.weight.div_(config.num_hidden_layers**0.5)
+    use_matrix_form(model)
     return model
 
 

@@ -225,6 +225,10 @@ def _load_model(
         info["unexpected_keys"],
         info["mismatched_keys"],
     )
+    if config.model_type == "mamba2":
+        from scanlm.mamba2 import use_matrix_form
+
+        use_matrix_form(model)
     return model
 
 

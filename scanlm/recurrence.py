@@ -1,12 +1,13 @@
-"""The recurrences of GLA and Gated DeltaNet, chunk by chunk, in plain torch.
+"""The recurrences of GLA, Gated DeltaNet and Mamba2, chunk by chunk, in plain torch.
 
 A head's memory is a matrix S of shape (k, v). Per token, with query q, key k, value v:
 
     GLA              S <- diag(exp(g)) S + k v^T                      g: one log decay a key feature
     Gated DeltaNet   S <- exp(g) S,  S <- S + beta k (v - S^T k)^T    g: one log decay a head
-    both             o = S^T q / sqrt(k's size)
+    Mamba2           S <- exp(g) S + k v^T                            g: one log decay a head
+    all              o = S^T q, of the first two over sqrt(k's size)
 
-Token by token this is slow to train. Within a chunk of c tokens both have a matrix form, and only
+Token by token this is slow to train. Within a chunk of c tokens all have a matrix form, and only
 the chunks' states follow one another. With c = 1 the same code is the decoding step.
 
 Shapes: ``b`` sequences, ``t`` tokens, ``h`` heads, ``k`` and ``v`` features of keys and values,
@@ -41,7 +42,7 @@ def gated_linear_attention(
     Returns:
         Outputs ``(b, t, h, v)`` in v's type, and the state after the last token.
     """
-    return _chunked(_gla_chunks, q, k, v, g, None, state)
+    return _chunked(_gla_chunks, [q, k, v, g], state)
 
 
 def gated_delta_rule(
@@ -59,20 +60,33 @@ def gated_delta_rule(
     Returns:
         Outputs ``(b, t, h, v)`` in v's type, and the state after the last token.
     """
-    return _chunked(_delta_chunks, q, k, v, g, beta, state)
+    return _chunked(_delta_chunks, [q, k, v, g, beta], state)
 
 
-def _chunked(
-    chunks: Callable[..., Result],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor | None,
-    state: Tensor | None,
+def state_space_dual(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None = None
 ) -> Result:
-    """Cut the sequence into chunks, ``(b, h, n, c, ...)``, and put the outputs together again."""
-    t, kind = q.shape[1], v.dtype
+    """Mamba2's recurrence (Dao and Gu 2024, arXiv 2405.21060, section 6; q and k are its C and B).
+
+    Args:
+        q, k: ``(b, t, m, k)``, each for h / m heads one after another.
+        v: ``(b, t, h, v)``, the inputs times their step sizes.
+        g: log decays ``(b, t, h)``.
+        state: ``(b, h, k, v)`` to continue from; default zeros.
+
+    Returns:
+        Outputs ``(b, t, h, v)`` in v's type, and the state after the last token.
+    """
+    return _chunked(_state_space_chunks, [q, k, v, g], state)
+
+
+def _chunked(chunks: Callable[..., Result], streams: list[Tensor], state: Tensor | None) -> Result:
+    """Cut the sequence into chunks, ``(b, h, n, c, ...)``, and put the outputs together again.
+
+    Where there is no state yet nothing is read of it: in short sequences that is most of the work.
+    """
+    v = streams[2]
+    t, kind = v.shape[1], v.dtype
     exact = torch.promote_types(kind, torch.float32)
     c = min(CHUNK_SIZE, 1 << (t - 1).bit_length())
 
@@ -83,27 +97,65 @@ def _chunked(
             x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, missing))
         return x.unflatten(2, (-1, c))
 
-    with torch.autocast(q.device.type, enabled=False):
-        if state is None:
-            state = q.new_zeros(q.shape[0], q.shape[2], k.shape[3], v.shape[3], dtype=exact)
-        inputs = [cut(q) * q.shape[3] ** -0.5, cut(k), cut(v), cut(g)]
-        if beta is not None:
-            inputs.append(cut(beta))
-        o, state = chunks(*inputs, state.to(exact))
+    with torch.autocast(v.device.type, enabled=False):
+        inputs = [cut(x) for x in streams]
+        o, state = chunks(*inputs, None if state is None else state.to(exact))
     return o.flatten(2, 3)[:, :, :t].transpose(1, 2).to(kind), state
 
 
-def _gla_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> Result:
+def _states(writes: Tensor, kept: Tensor, state: Tensor | None) -> tuple[list[Tensor], Tensor]:
+    """The states that chunks read, of the first one only if there was one before, and the last.
+
+    Args:
+        writes: ``(b, h, n, k, v)``, what each chunk adds.
+        kept: what it keeps, ``(b, h, n, k or 1, 1)``.
+    """
+    states = []
+    for write, keep in zip(writes.unbind(2), kept.unbind(2), strict=True):
+        if state is None:
+            state = write
+        else:
+            states.append(state)
+            state = keep * state + write
+    assert state is not None  # there is at least one chunk
+    return states, state
+
+
+def _add_reads(o: Tensor, q: Tensor, states: list[Tensor]) -> Tensor:
+    """To outputs ``(b, h, n, c, v)`` what the last chunks' queries find in the states."""
+    if not states:
+        return o
+    first = o.shape[2] - len(states)
+    read = q[:, :, first:] @ torch.stack(states, 2)
+    return o + read if first == 0 else torch.cat([o[:, :, :first], o[:, :, first:] + read], 2)
+
+
+def _gla_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None) -> Result:
+    q = q * q.shape[-1] ** -0.5
     b = g.cumsum(3)  # log decay from the chunk's start to each token
     last = b[..., -1:, :]
     writes = (k * (last - b).exp()).transpose(3, 4) @ v  # (b, h, n, k, v)
     kept = last.transpose(3, 4).exp()  # (b, h, n, k, 1)
-    states = []
-    for write, keep in zip(writes.unbind(2), kept.unbind(2), strict=True):
-        states.append(state)
-        state = keep * state + write
-    o = (q * b.exp()) @ torch.stack(states, 2) + _decayed_scores(q, k, b) @ v
-    return o, state
+    states, state = _states(writes, kept, state)
+    return _add_reads(_decayed_scores(q, k, b) @ v, q * b.exp(), states), state
+
+
+def _state_space_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None) -> Result:
+    heads = v.shape[1] // q.shape[1]
+    b = g.cumsum(3)  # (b, h, n, c)
+    scores = (q @ k.transpose(-1, -2)).repeat_interleave(heads, 1) * _decays(b)
+    q, k = q.repeat_interleave(heads, 1), k.repeat_interleave(heads, 1)
+    writes = (k * (b[..., -1:] - b).exp().unsqueeze(-1)).transpose(-1, -2) @ v
+    states, state = _states(writes, b[..., -1, None, None].exp(), state)
+    return _add_reads(scores @ v, q * b.exp().unsqueeze(-1), states), state
+
+
+def _decays(b: Tensor) -> Tensor:
+    """From each token to each later one, ``exp(b_i - b_j)`` for j <= i, else 0: ``(.., c, c)``."""
+    c = b.shape[-1]
+    past = torch.ones(c, c, dtype=torch.bool, device=b.device).tril()
+    # masked before exp: above the diagonal the exponent is positive and may overflow
+    return (b.unsqueeze(-1) - b.unsqueeze(-2)).masked_fill(~past, -torch.inf).exp()
 
 
 def _decayed_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
@@ -136,13 +188,11 @@ def _decayed_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
 
 
 def _delta_chunks(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None
 ) -> Result:
-    c = q.shape[-2]
+    q = q * q.shape[-1] ** -0.5
     b = g.cumsum(3)  # (b, h, n, c)
-    past = torch.ones(c, c, dtype=torch.bool, device=q.device).tril()
-    # masked before exp: above the diagonal the exponent is positive and may overflow
-    decay = (b.unsqueeze(-1) - b.unsqueeze(-2)).masked_fill(~past, -torch.inf).exp()
+    decay = _decays(b)
     # what token i writes is its value less what it reads of the state and of the writes before it:
     # (1 + T) writes = beta v - (beta exp(b) k) S, T strictly lower triangular
     beta = beta.unsqueeze(-1)
@@ -156,7 +206,13 @@ def _delta_chunks(
     kept = b[..., -1, None, None].exp()
     outputs = []
     for n in range(q.shape[2]):
-        write = values[:, :, n] - reads[:, :, n] @ state
-        outputs.append(q[:, :, n] @ state + scores[:, :, n] @ write)
-        state = kept[:, :, n] * state + k[:, :, n].transpose(-1, -2) @ write
+        write = values[:, :, n]
+        if state is None:
+            outputs.append(scores[:, :, n] @ write)
+            state = k[:, :, n].transpose(-1, -2) @ write
+        else:
+            write = write - reads[:, :, n] @ state
+            outputs.append(q[:, :, n] @ state + scores[:, :, n] @ write)
+            state = kept[:, :, n] * state + k[:, :, n].transpose(-1, -2) @ write
+    assert state is not None  # there is at least one chunk
     return torch.stack(outputs, 2), state

@@ -1,4 +1,5 @@
-"""GLA and Gated DeltaNet in plain torch: the recurrences, the models, their caches and weights."""
+"""GLA and Gated DeltaNet in plain torch: the recurrences, the models, their caches and weights; and
+Mamba2's recurrence."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from scanlm.checkpoints import load_checkpoint
 from scanlm.errors import ScanLMError
 from scanlm.gated_deltanet import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 from scanlm.gla import GLAConfig, GLAForCausalLM
-from scanlm.recurrence import gated_delta_rule, gated_linear_attention
+from scanlm.recurrence import gated_delta_rule, gated_linear_attention, state_space_dual
 
 
 def naive_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,6 +41,16 @@ def naive_delta(
     return torch.stack(outputs, 1), state
 
 
+def naive_state_space(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple:
+    """The definition, token by token; the heads share queries and keys."""
+    outputs = []
+    for i in range(q.shape[1]):
+        state = state * g[:, i].exp()[..., None, None]
+        state = state + torch.einsum("bmk,bhv->bhkv", k[:, i], v[:, i])
+        outputs.append(torch.einsum("bmk,bhkv->bhv", q[:, i], state))
+    return torch.stack(outputs, 1), state
+
+
 def recurrence(name: str, t: int, strength: float, dtype: torch.dtype) -> tuple:
     """A recurrence, its definition, and random inputs with decays of about exp(-strength)."""
     torch.manual_seed(t)
@@ -50,13 +61,22 @@ def recurrence(name: str, t: int, strength: float, dtype: torch.dtype) -> tuple:
         g = -strength * torch.rand(b, t, h, k, dtype=dtype)
         return gated_linear_attention, naive_gla, [query, key, value, g, state]
     g = -strength * torch.rand(b, t, h, dtype=dtype)
+    if name == "mamba2":
+        return (
+            state_space_dual,
+            naive_state_space,
+            [query[:, :, :1], key[:, :, :1], value, g, state],
+        )
     beta = 2 * torch.rand(b, t, h, dtype=dtype)  # up to 2: negative eigenvalues
     key = F.normalize(key, dim=-1)
     return gated_delta_rule, naive_delta, [query, key, value, g, beta, state]
 
 
+RECURRENCES = ["gla", "delta", "mamba2"]
+
+
 # less than a chunk, exactly one, several, with a rest; decays from none to the strongest
-@pytest.mark.parametrize("name", ["gla", "delta"])
+@pytest.mark.parametrize("name", RECURRENCES)
 @pytest.mark.parametrize(
     ("t", "strength"), [(1, 1.0), (5, 0.1), (64, 300.0), (150, 2.0), (65, 0.0)]
 )
@@ -74,13 +94,21 @@ def test_the_chunked_form_is_the_recurrence(name: str, t: int, strength: float) 
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["gla", "delta"])
+@pytest.mark.parametrize("name", RECURRENCES)
 def test_the_chunked_form_in_float32(name: str) -> None:
     chunked, naive, inputs = recurrence(name, 150, 0.5, torch.float32)
     torch.testing.assert_close(chunked(*inputs), naive(*inputs), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gla", "delta"])
+@pytest.mark.parametrize("name", RECURRENCES)
+@pytest.mark.parametrize("t", [1, 20, 64, 150])
+def test_no_state_is_a_state_of_zeros(name: str, t: int) -> None:
+    chunked, _, (*streams, state) = recurrence(name, t, 0.5, torch.float64)
+    results = [chunked(*streams), chunked(*streams, torch.zeros_like(state))]
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
 def test_a_continued_sequence_is_the_whole(name: str) -> None:
     chunked, _, inputs = recurrence(name, 90, 1.0, torch.float64)
     whole, end = chunked(*inputs)
@@ -93,7 +121,7 @@ def test_a_continued_sequence_is_the_whole(name: str) -> None:
     torch.testing.assert_close(state, end, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["gla", "delta"])
+@pytest.mark.parametrize("name", RECURRENCES)
 def test_bfloat16_inputs_are_computed_in_float32(name: str) -> None:
     chunked, naive, inputs = recurrence(name, 100, 0.1, torch.bfloat16)
     exact, _ = naive(*(x.float() for x in inputs))

@@ -81,9 +81,8 @@ def test_the_search_covers_every_baseline() -> None:
         found[s.stages[0].length].append(s.stages[0].lr)
     assert set(rates) == {(s.model, s.config.get("allow_neg_eigval")) for s in jobs("baselines")}
     for found in rates.values():
-        low, middle, high = sorted(found[2])
-        assert low < middle < high
-        assert found[4] == [middle]  # the other curriculum
+        assert len(set(found[2])) == len(found[2]) >= 3
+        assert found[4] == [sorted(found[2])[1]]  # the other curriculum
 
 
 def test_baselines_build_at_sizes_near_gpt2s() -> None:

@@ -1,13 +1,16 @@
-"""What a ScanLM is made of: its parts, their sizes, and the shapes that pass through them."""
+"""What a ScanLM is made of: its parts, their sizes, and the shapes that pass through them; and the
+sizes of other models beside it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from scanlm.flops import scanlm_parts
+from scanlm.flops import scanlm_parts, training_flops
 from scanlm.model import ScanLMForCausalLM
 
 if TYPE_CHECKING:
@@ -43,6 +46,39 @@ def parameter_table(model: ScanLMForCausalLM, seq_len: int) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["part", "role", "parameters", "mflop_per_token"])
     table.insert(3, "share", table.parameters / _count(model))
     return table
+
+
+def size_table(names: Sequence[str], seq_len: int) -> pd.DataFrame:
+    """Sizes of registered models, from their shapes alone: no weight is made.
+
+    Args:
+        names: ids of the registry, or paths of files like its own.
+        seq_len: tokens a training sequence, on which the operations depend.
+
+    Returns:
+        Indexed by ``model``: ``family``, ``parameters``, ``without embeddings`` (nor a head of its
+        own), and ``MFLOP per token``, forward and backward; NaN of families not counted.
+    """
+    import pandas as pd
+
+    from scanlm.baselines import build_model, load_entry
+
+    rows = []
+    for name in names:
+        model: Any = build_model(name, device="meta")
+        tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+        counts = {id(p): p.numel() for p in model.parameters()}
+        work = training_flops(model, seq_len)
+        rows.append(
+            {
+                "model": name,
+                "family": load_entry(name).family,
+                "parameters": sum(counts.values()),
+                "without embeddings": sum(n for key, n in counts.items() if key not in tables),
+                "MFLOP per token": sum(work.values()) / 1e6 if work else math.nan,
+            }
+        )
+    return pd.DataFrame(rows).set_index("model")
 
 
 @torch.no_grad()

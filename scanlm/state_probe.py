@@ -2,15 +2,16 @@
 
 The state before chunk i is the root of a tree of T1 nodes over all tokens before it. T1 was trained
 on shallow trees; a longer word needs deeper ones, whose nodes read T1's own outputs ever more
-often. Three measurements follow a state into such depths:
+often. Four measurements follow a state into such depths:
 
 - a *linear probe*, fitted on states as shallow as training knew, read at every depth;
 - the *distance to the nearest leaf*: with one token a chunk a leaf is the embedding of a group
   element, so a state can be compared with the leaf of the product it stands for;
 - the *gain* of T1: how much of a small error in its left operand is left in its result. Above 1
-  errors grow from node to node (drift), below 1 they are repaired.
+  errors grow from node to node (drift), below 1 they are repaired;
+- the *contrast* of products: how far apart their mean states are, against the spread around them.
 
-``probe_metrics`` is what a run's record keeps of all three.
+``probe_metrics`` is what a run's record keeps of the first three.
 
 Shapes: ``b`` words, ``t`` tokens, ``m`` chunks that have a prefix, ``c`` = chunk_size, ``d`` =
 n_embd, ``g`` = order of the group.
@@ -294,6 +295,52 @@ def repair_gain(
         ]
     model.train(was_training)
     return pd.DataFrame(rows)
+
+
+def product_contrast(
+    model: nn.Module,
+    group: Group | str,
+    words: int,
+    chunks: tuple[int, ...] = (2, 4, 8, 16, 32, 64),
+    seed: int = 0,
+) -> dict[int, float]:
+    """Distance between the mean states of two products, over the spread of states around them.
+
+    A T1 that shrinks all differences also shrinks those between products: below about 1 no reader
+    can tell them apart.
+
+    Args:
+        model: a ``ScanLMForCausalLM``.
+        group: the group or its name.
+        words: how many to read; at least 20 for each element of the group are.
+        chunks: of the prefixes that are compared.
+        seed: of the words, of the test stream.
+
+    Returns:
+        The ratio for each number of chunks: the mean distance of all pairs of products' means over
+        the mean distance of a state to the mean of its product.
+
+    Raises:
+        ScanLMError: another kind of model, or more chunks than it has positions for.
+    """
+    scan, group = _check_scan(model), get_group(group)
+    device = next(model.parameters()).device
+    length = max(chunks) * scan.config.chunk_size + 1
+    check_lengths(model, [length])
+    was_training = model.training
+    model.eval()
+    words = max(words, 20 * group.order)
+    tokens, _ = word_batch(group, words, length, seed, 0, device, "test")
+    found, products = prefix_states(model, group, tokens)
+    model.train(was_training)
+    ratios = {}
+    for i in chunks:
+        states, product = found[:, i - 1].flatten(1), products[:, i - 1]
+        seen, index = product.unique(return_inverse=True)
+        means = torch.stack([states[product == k].mean(0) for k in seen])
+        spread = (states - means[index]).norm(dim=1).mean()
+        ratios[i] = (torch.pdist(means).mean() / spread).item()
+    return ratios
 
 
 def probe_metrics(

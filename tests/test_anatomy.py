@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from scanlm.anatomy import parameter_table, shape_table
+from scanlm.anatomy import parameter_table, shape_table, size_table
+from scanlm.baselines import build_model
 from scanlm.model import ScanLMConfig, ScanLMForCausalLM
 
 
@@ -23,3 +24,13 @@ def test_shapes_are_those_of_the_forward_pass():
     table = shape_table(model, torch.zeros(2, 32, dtype=torch.long)).set_index("tensor")
     assert table["shape"]["prefix states"] == (2, 3, 8, 64)
     assert table["shape"]["logits"] == (2, 32, 50)
+
+
+def test_sizes_of_other_models_are_told_from_shapes_alone():
+    table = size_table(["gpt2_tiny", "scanlm_tiny"], seq_len=64)
+    gpt2 = build_model("gpt2_tiny")
+    assert table.loc["gpt2_tiny", "parameters"] == sum(p.numel() for p in gpt2.parameters())
+    tied = gpt2.get_input_embeddings().weight.numel()
+    assert table.loc["gpt2_tiny", "without embeddings"] == gpt2.num_parameters() - tied
+    assert table.loc["scanlm_tiny", "family"] == "scanlm"
+    assert (table["MFLOP per token"] > 0).all()

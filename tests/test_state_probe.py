@@ -19,6 +19,7 @@ from scanlm.state_probe import (
     prefix_depth,
     prefix_states,
     probe_metrics,
+    product_contrast,
     repair_gain,
 )
 
@@ -164,6 +165,33 @@ def test_gain_of_a_known_operator(chunk_size: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(model, "aggregate", lambda left, right: right)
     gone = repair_gain(model, "S3", 10, words=5)
     assert (gone["gain"] == 0).all()
+
+
+def test_contrast_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    def states(model: Any, group: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Products stand 2 along an axis each; half of the words lie 1 off to either side."""
+        products = torch.arange(len(tokens)).div(2, rounding_mode="floor") % 6
+        codes = torch.cat([2 * torch.eye(6)[products], torch.ones(len(tokens), 1)], dim=1)
+        codes[::2, -1] = -1
+        return codes[:, None, None].expand(-1, 64, -1, -1), products[:, None].expand(-1, 64)
+
+    monkeypatch.setattr("scanlm.state_probe.prefix_states", states)
+    found = product_contrast(Exact("S3"), "S3", words=10, chunks=(2, 64))
+    assert found == pytest.approx({2: 8**0.5, 64: 8**0.5})
+
+
+def test_contrast_of_a_model_is_that_of_its_states() -> None:
+    model = ScanLMForCausalLM(ScanLMConfig(vocab_size=2, n_embd=8, n_head=2, chunk_size=2))
+    found = product_contrast(model, "Z2", words=64, chunks=(1, 4))
+    assert list(found) == [1, 4]
+    assert model.training
+    model.eval()
+    tokens, _ = word_batch(get_group("Z2"), 64, 9, stream="test")
+    states, products = prefix_states(model, get_group("Z2"), tokens)
+    first, second = (states[products[:, 3] == k, 3].flatten(1) for k in (0, 1))
+    off = [(x - x.mean(0)).norm(dim=1) for x in (first, second)]
+    apart = (first.mean(0) - second.mean(0)).norm() / torch.cat(off).mean()
+    assert found[4] == pytest.approx(apart.item(), rel=1e-4)
 
 
 def test_a_record_keeps_the_means_of_a_depth_and_of_a_size() -> None:

@@ -124,7 +124,7 @@ def state_bytes(metrics: pd.DataFrame, source: str | None = None) -> Figure:
             values = part.groupby("position")["value"].max()
             label = LABELS.get(str(model), look.label)
             ax.plot(values.index, values, color=look.color, ls=look.linestyle, label=label)
-        ax.set_xscale("log", base=2)
+        ax.set_xscale("log", base=4)
         ax.set_yscale("log")
         ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         ax.yaxis.set_major_formatter(EngFormatter(unit="B"))

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 SCAN = FAMILIES["scanlm"].color
 SHADE = "#F1E9DC"  # lengths that were trained on
-NARROWEST = 0.025  # share of the steps that a stage needs for a label of its own
+NARROWEST = 0.04  # share of the steps that a stage needs for a label of its own
 LEVELS = "the stage before known, the rest guessed"
 VARIANTS = ("-", "--", ":", "-.")  # of one family, in the order of their labels
 # five items in a hand of cards, told apart without their colours by their letters
@@ -444,7 +444,7 @@ def error_by_length(
             ax.axvspan(rows["length"].min() * 0.9, reach, color=SHADE, lw=0, zorder=0)
             ax.annotate(
                 "trained on",
-                (reach, 0.03),
+                (reach, 0.86),  # below the line of guesses, above what is learned
                 xycoords=("data", "axes fraction"),
                 xytext=(-5, 0),
                 textcoords="offset points",

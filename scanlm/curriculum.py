@@ -64,7 +64,8 @@ __all__ = [
 
 CHECKPOINT, WEIGHTS = "checkpoint.pt", "checkpoint-final"
 SAVE_WEIGHTS = ("none", "bf16", "fp32")
-# settings that leave the trained weights as they are, so that a resumed run may change them
+# settings that leave what is trained as it is. They belong to a run's id, so that other values are
+# another run; but a record that is handed to train_many may be resumed with other values
 NOT_TRAINING = ("compile", "eval_")
 
 

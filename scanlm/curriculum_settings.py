@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scanlm.errors import ScanLMError, nearest
 from scanlm.groups import get_group
-from scanlm.length_evaluation import LENGTHS
+from scanlm.length_evaluation import LENGTHS, check_counts
 from scanlm.values import parse_assignments
 
 TOKENS_PER_BATCH, LARGEST_BATCH = 4096, 1024
@@ -99,9 +99,10 @@ class StateTrackingSettings(BaseModel):
 
         Raises:
             ScanLMError: unknown group, length below 1, a threshold outside (0, 1], stages that
-                do not grow, fewer stories than a batch.
+                do not grow, fewer stories than a batch, no length to evaluate.
         """
         get_group(self.group)
+        check_counts(self.eval_lengths, "eval_lengths")
         lengths = [stage.length for stage in self.stages]
         if min(lengths) < 1:
             raise ScanLMError(f"stage length must be at least 1, got {min(lengths)}")

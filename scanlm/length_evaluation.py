@@ -122,16 +122,25 @@ def position_limit(model: nn.Module) -> int | None:
     return getattr(config, "n_positions", None)
 
 
+def check_counts(lengths: Sequence[int], name: str = "lengths") -> None:
+    """Refuse lengths that no word has.
+
+    Raises:
+        ScanLMError: there are none, or one is below 1.
+    """
+    if not lengths:
+        raise ScanLMError(f"{name} is empty: name at least one length to evaluate")
+    if min(lengths) < 1:
+        raise ScanLMError(f"{name}: a length must be at least 1, got {min(lengths)}")
+
+
 def check_lengths(model: nn.Module, lengths: Sequence[int]) -> None:
     """Refuse lengths below 1 and beyond the model's positions.
 
     Raises:
         ScanLMError: names the length.
     """
-    if not lengths:
-        raise ScanLMError("lengths is empty: name at least one length to evaluate")
-    if min(lengths) < 1:
-        raise ScanLMError(f"length must be at least 1, got {min(lengths)}")
+    check_counts(lengths)
     limit = position_limit(model)
     if limit is not None and max(lengths) > limit:
         raise ScanLMError(

@@ -91,6 +91,8 @@ def test_overrides_reach_stages_and_config() -> None:
         ("stages.9.lr=1", "no stage '9'"),
         ("stages.0.lr=-1", "greater than 0"),
         ("stories=10", "fewer than the batch"),
+        ("eval_lengths=[]", "eval_lengths is empty: name at least one"),
+        ("eval_lengths=[0, -3]", "eval_lengths: a length must be at least 1, got -3"),
         ("seed", "expected key=value"),
     ],
 )

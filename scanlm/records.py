@@ -49,6 +49,18 @@ def run_id(model: str, parameters: Mapping[str, Any], seed: int) -> str:
     return f"{safe}-s{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
+def check_folder_name(what: str, name: str) -> None:
+    """Refuse what is no good name of a folder.
+
+    Raises:
+        ScanLMError: empty, or with other signs than letters, digits and ``._+-``.
+    """
+    if not re.fullmatch(r"[\w][\w.+-]*", name):
+        raise ScanLMError(
+            f"{what}={name!r}: expected letters, digits, '.', '_' or '-', since it names a folder"
+        )
+
+
 _default_id = run_id  # the parameter of Run.create hides the name
 
 
@@ -90,14 +102,11 @@ class Run:
                 (``<run_id>-2``, ...), so nothing is ever overwritten.
 
         Raises:
-            ScanLMError: the folder cannot be written, or holds a run of other parameters.
+            ScanLMError: the folder cannot be written, holds a run of other parameters, or one
+                that another process writes.
         """
-        for what, name in (("experiment", experiment), ("run_id", run_id or "unnamed")):
-            if not re.fullmatch(r"[\w][\w.+-]*", name):
-                raise ScanLMError(
-                    f"{what}={name!r}: expected letters, digits, '.', '_' or '-', since it names "
-                    "a folder"
-                )
+        check_folder_name("experiment", experiment)
+        check_folder_name("run_id", run_id or "unnamed")
         identity = run_id or _default_id(model, parameters, seed)
         folder = Path(root) / experiment / identity
         if not resume:
@@ -116,28 +125,41 @@ class Run:
             "finished": None,
             "status": "running",
         }
-        if (folder / RUN_FILE).is_file():
-            run = cls.open(folder)
-            for name in ("model", "seed", "parameters"):
-                if run.info.get(name) != fresh[name]:
-                    raise ScanLMError(
-                        f"{folder} holds a run of another {name}: choose another run_id or "
-                        "another output folder"
-                    )
-            if run.finished:
-                return run
-            # a resumed run is described by the code and machine that continue it
-            fresh["started"] = run.info.get("started") or fresh["started"]
-            fresh["resumed"] = [*run.info.get("resumed", []), _now()]
+        existing = cls._same(folder, fresh)
+        if existing is not None and existing.finished:
+            return existing
         run = cls(folder, fresh)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            run._write_info()
+            # a process that is refused here must not have said that the run is its own
+            with run.only_writer():
+                existing = cls._same(folder, fresh)
+                if existing is not None:
+                    if existing.finished:
+                        return existing
+                    # a resumed run is described by the code and machine that continue it
+                    fresh["started"] = existing.info.get("started") or fresh["started"]
+                    fresh["resumed"] = [*existing.info.get("resumed", []), _now()]
+                run._write_info()
         except OSError as error:
             raise ScanLMError(
                 f"cannot write to {folder}: {error.strerror or error}; choose another output "
                 "folder or make this one writable"
             ) from error
+        return run
+
+    @classmethod
+    def _same(cls, folder: Path, fresh: Mapping[str, Any]) -> Run | None:
+        """The run in a folder, if there is one; it must be of the same settings."""
+        if not (folder / RUN_FILE).is_file():
+            return None
+        run = cls.open(folder)
+        for name in ("model", "seed", "parameters"):
+            if run.info.get(name) != fresh[name]:
+                raise ScanLMError(
+                    f"{folder} holds a run of another {name}: choose another run_id or "
+                    "another output folder"
+                )
         return run
 
     @classmethod

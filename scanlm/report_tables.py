@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from scanlm.errors import ScanLMError
 from scanlm.records import read_metrics
 
 if TYPE_CHECKING:
@@ -144,13 +145,16 @@ def _state_tracking(runs: pd.DataFrame) -> Iterable[Row]:
     runs = runs[runs["role"] != "search"]
     if runs.empty:
         return
-    rows = evaluated(read_metrics(*runs["path"]))
+    try:
+        rows = evaluated(read_metrics(*runs["path"]))
+    except ScanLMError:  # of runs that were all trained without a test
+        return
     accuracy = rows.pivot_table(index="run_id", columns="length", values="value")
     for _, run in runs.sort_values(
         ["role", "series", "seed"], ascending=[False, True, True]
     ).iterrows():
         last = run["parameters"]["stages"][-1]
-        found = accuracy.loc[run["run_id"]]
+        found = accuracy.reindex([run["run_id"]]).iloc[0]
         yield {
             "model": str(run["series"]),
             "seed": str(run["seed"]),
@@ -163,6 +167,13 @@ def _state_tracking(runs: pd.DataFrame) -> Iterable[Row]:
         }
 
 
+def _ended_at(stage: Mapping[str, Any]) -> str:
+    """The accuracy that a stage's threshold was compared with, and of what if not of positions."""
+    if "sequence" in stage:
+        return f"{percent(stage['sequence'])} of words"
+    return percent(stage["worst_position"])
+
+
 def _state_tracking_search(runs: pd.DataFrame) -> Iterable[Row]:
     from scanlm.plotting.state_records import sort_runs
 
@@ -173,8 +184,7 @@ def _state_tracking_search(runs: pd.DataFrame) -> Iterable[Row]:
             "model": str(run["series"]),
             "learning rate": f"{run['parameters']['stages'][0]['lr']:g}",
             **{
-                f"length {stage['length']}": f"{stage['steps']:,} steps, "
-                f"{percent(stage['worst_position'])}"
+                f"length {stage['length']}": f"{stage['steps']:,} steps, {_ended_at(stage)}"
                 for stage in stages
             },
             "M tokens": number(run["summary"]["tokens"] / 1e6, 1),

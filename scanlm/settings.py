@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from scanlm.errors import ScanLMError, nearest
+from scanlm.records import check_folder_name
 
 # settings that cannot change a result: a run is found again whatever they are
 OPERATIONAL = ("root", "cache_dir", "num_workers", "keep_checkpoints", "tensorboard", "wandb")
@@ -89,6 +90,8 @@ class TrainingSettings(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise ScanLMError(_one_line(error)) from error
+        if self.experiment is not None:
+            check_folder_name("experiment", self.experiment)
 
     @property
     def warmup(self) -> int:

@@ -7,6 +7,7 @@ YAML 1.1 only the merge key ``<<`` is kept, for files that repeat themselves.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -106,6 +107,16 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             raise ScanLMError(f"{key!r} is given twice: leave one out")
         values[key] = parse_value(text.strip())
     return values
+
+
+def check_duration(name: str, seconds: float | None) -> None:
+    """Refuse what is no time to wait or to work; ``None`` is no limit.
+
+    Raises:
+        ScanLMError: negative, infinite or not a number.
+    """
+    if seconds is not None and not 0 <= seconds < math.inf:
+        raise ScanLMError(f"{name}={seconds}: expected seconds, a finite number >= 0")
 
 
 def check_picture(path: str | Path) -> None:

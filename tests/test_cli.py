@@ -571,6 +571,11 @@ def test_evaluate_needs_a_target_that_is_there(trained: dict[str, Any], tmp_path
     run = trained["runs"]["scanlm_tiny"]
     assert "is no name that is known: give --corpus" in refused("evaluate", run)
     assert "is no run, so nothing says which corpus" in refused("evaluate", tmp_path)
+    assert "does not exist" in refused("evaluate", tmp_path / "absent")
+    (tmp_path / "run.json").write_text('{"parameters": {"group": "S5"}}')
+    assert "was not trained on text" in refused("evaluate", tmp_path)
+    (tmp_path / "run.json").write_text("")
+    assert "run.json is not JSON" in refused("evaluate", tmp_path)
 
 
 def test_the_corpus_of_a_run_is_the_default(tmp_path: Path) -> None:

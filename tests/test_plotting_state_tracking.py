@@ -368,14 +368,42 @@ def test_records_are_told_apart_as_recipe_baselines_and_ablations() -> None:
     }
 
 
-def test_a_limit_on_steps_makes_no_other_recipe_where_a_threshold_ends_the_stage() -> None:
-    def stages(limit: int, last: int) -> list[dict[str, Any]]:
-        ends = [{"max_steps": limit, "threshold": 0.98}, {"max_steps": last, "threshold": None}]
-        return [{"length": n, "lr": 1e-4, **e} for n, e in zip((2, 16), ends, strict=True)]
+def stages(limit: int, last: int, **fields: Any) -> list[dict[str, Any]]:
+    ends = [{"max_steps": limit, "threshold": 0.98}, {"max_steps": last, "threshold": None}]
+    return [{"length": n, "lr": 1e-4, **e, **fields} for n, e in zip((2, 16), ends, strict=True)]
 
-    settings = [{"stages": stages(*steps)} for steps in ((10, 50), (20, 50), (10, 90))]
-    assert state_records.difference(settings[0], settings[1]) == ""
-    assert state_records.difference(settings[0], settings[2]) == "last stage 90 steps"
+
+def test_a_limit_on_steps_is_told_only_if_nothing_else_is_to_tell() -> None:
+    base = {"stages": stages(10, 50)}
+    assert state_records.difference(base, base) == ""
+    assert state_records.difference(base, {"stages": stages(20, 50)}) == "20 steps at 2"
+    assert state_records.difference(base, {"stages": stages(20, 90)}) == "90 steps at 16"
+
+
+@pytest.mark.parametrize(
+    ("changed", "label"),
+    [
+        ({"stages": stages(10, 50, schedule="cosine")}, "schedule cosine"),
+        ({"stages": stages(10, 50, batch_size=32)}, "batch size 32"),
+        ({"stages": [stages(10, 50)[0], {**stages(10, 50)[1], "lr": 3e-4}]}, "lr 0.0003 at 16"),
+        ({"betas": [0.9, 0.95], "clip": 2.0}, "betas [0.9, 0.95]; clip 2.0"),
+        ({"config": {"prefix_embedding": True}}, "prefix_embedding"),
+        ({"config": {"t1_layers": 2}, "weight_decay": 0.1}, "weight_decay 0.1; t1_layers 2"),
+        ({"compile": True, "eval_sequences": 3}, ""),
+        ({"betas": [0.9, 0.999], "ema": 0.0}, ""),  # the defaults, said
+    ],
+)
+def test_a_difference_is_told_whole_and_where_it_is(changed: dict[str, Any], label: str) -> None:
+    base = {"stages": stages(10, 50)}
+    assert state_records.difference(base, base | changed) == label
+
+
+def test_runs_of_another_schedule_are_no_seeds_of_the_recipe() -> None:
+    rows = [record("scan", seed, 512) for seed in range(2)]
+    changed = [{**s, "schedule": "cosine"} for s in rows[0]["parameters"]["stages"]]
+    rows += [record("scan", 2, 9999, stages=changed)]
+    runs = state_records.sort_runs(pd.DataFrame(rows))
+    assert list(runs["role"]) == ["recipe", "recipe", "ablation"]
 
 
 def test_what_was_probed_is_read_back_from_records() -> None:

@@ -125,6 +125,8 @@ def test_only_one_process_writes_a_run(tmp_path: Path) -> None:
         refused = pytest.raises(ScanLMError, match="is being written by another process")
         with refused, run.failures_recorded():
             pytest.fail("two write")
+        with refused:
+            Run.create("embedded", "m", {}, 0, root=tmp_path)
         assert (run.folder / "run.json").read_bytes() == before
         other.kill()
     with run.failures_recorded():  # a killed process holds nothing

@@ -169,6 +169,34 @@ def test_a_table_of_state_tracking(tmp_path: Path) -> None:
     assert row[3:8] == ["700", "16, dropout 0.1", "99.000 %", "99.000 %", "180"]
 
 
+def test_a_run_that_was_not_tested_at_any_length_has_empty_cells(tmp_path: Path) -> None:
+    run = Run.create(
+        "s5", "scan", {"stages": [{"length": 16, "dropout": 0.0}]}, 1, tmp_path / "runs"
+    )
+    exported(tmp_path, run)
+    title = "State tracking on S5"
+    assert f"## {title}\n" not in all_tables(tmp_path / "data" / "results")
+    state_tracking(tmp_path, 0, 0.99)
+    table = section(tmp_path, title)
+    assert ["", ""] in [cells(table, place)[5:7] for place in (-1, -2)]
+
+
+@pytest.mark.parametrize(
+    ("score", "text"),
+    [({"worst_position": 0.5}, "50.000 %"), ({"sequence": 0.25}, "25.000 % of words")],
+)
+def test_a_table_of_the_search(tmp_path: Path, score: dict[str, float], text: str) -> None:
+    stages = [{"length": 4, "lr": 1e-3}]
+    run = Run.create("s5", "gla_170M", {"stages": stages}, 0, root=tmp_path / "runs")
+    found = [{"length": 4, "steps": 2500, "ended_by": "budget", **score}]
+    run.finish({"stages": found, "tokens": 10_240_000, "reach": {"bfloat16": 0}})
+    export(run.folder, tmp_path / "data" / "results")
+    state_tracking(tmp_path, 0, 0.99)  # trained to 16, so that the other is a search
+    title = "State tracking on S5: the search for the comparison models"
+    row = cells(section(tmp_path, title))
+    assert row[:4] == ["GLA", "0.001", f"2,500 steps, {text}", "10.2"]
+
+
 @pytest.mark.parametrize(
     ("share", "text"),
     [(1, "100 %"), (0.9999999, "99.999 %"), (0.5, "50.000 %"), (0, "0.000 %"), (None, "")],

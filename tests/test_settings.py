@@ -77,6 +77,11 @@ def test_unknown_names_offer_the_nearest(preset: str | None, key: str, message: 
         resolve_settings("small", preset, {key: 1})
 
 
+def test_an_experiment_names_a_folder() -> None:
+    with pytest.raises(ScanLMError, match="experiment='a b/c': expected letters"):
+        resolve_settings("small", None, {"experiment": "a b/c"})
+
+
 def test_fields_of_the_model_come_one_by_one_or_together() -> None:
     given = {"config.n_embd": 16, "config": {"n_embd": 8, "chunk_size": 4}}
     settings = resolve_settings("small", "smoke", given)

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from scanlm.errors import ScanLMError
-from scanlm.values import format_value, parse_assignments, parse_value, read_mapping
+from scanlm.values import (
+    check_duration,
+    format_value,
+    parse_assignments,
+    parse_value,
+    read_mapping,
+)
 
 
 @pytest.mark.parametrize(
@@ -113,3 +119,11 @@ def test_a_wrong_mapping_file_is_one_line(tmp_path: Path, content: bytes, messag
 def test_a_missing_mapping_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ScanLMError, match=r"cannot read .*b\.yaml: No such file"):
         read_mapping(tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize("seconds", [-1.0, math.nan, math.inf])
+def test_what_is_no_duration_is_refused(seconds: float) -> None:
+    with pytest.raises(ScanLMError, match=f"max_seconds={seconds}: expected seconds"):
+        check_duration("max_seconds", seconds)
+    check_duration("max_seconds", 0.0)
+    check_duration("max_seconds", None)

@@ -39,7 +39,7 @@ from scanlm.devices import usable_device
 from scanlm.errors import ScanLMError
 from scanlm.records import Run, read_metrics
 from scanlm.scan import lowest_bit
-from scanlm.values import check_picture
+from scanlm.values import check_duration, check_picture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_MODELS = ("scanlm", "gpt2_graph", "gpt2_dynamic")
@@ -96,6 +96,7 @@ class InferenceSettings:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        check_duration("seconds", self.seconds)
         for name in self.models:
             check_name("model", name, SUBJECTS)
         for option in ("timeline_models", "batch_models"):

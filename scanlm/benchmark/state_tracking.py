@@ -21,6 +21,7 @@ from scanlm.curriculum_step import EAGER_STEPS, Learner
 from scanlm.devices import usable_device
 from scanlm.errors import ScanLMError
 from scanlm.records import Run, read_metrics
+from scanlm.values import check_duration
 
 WAYS = ("eager", "captured", "compiled")
 TURN = 20  # steps that one run queues before the next one does
@@ -58,6 +59,7 @@ class StateSpeedSettings:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        check_duration("seconds", self.seconds)
         for way in self.ways or ():
             check_name("way", way, WAYS)
         on_gpu = usable_device(self.device).type == "cuda"

@@ -45,6 +45,7 @@ from scanlm.benchmark.training_step import (
 from scanlm.devices import usable_device
 from scanlm.errors import ScanLMError
 from scanlm.records import Run, read_metrics
+from scanlm.values import check_duration
 
 HOPPER_PEAK = 790e12  # operations a second of large bf16 products, measured on an H200
 PARTS = (
@@ -115,6 +116,8 @@ class TrainingSpeedSettings:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        check_duration("seconds", self.seconds)
+        check_duration("max_seconds", self.max_seconds)
         for part in self.parts:
             check_name("part", part, PARTS)
         if self.dtype is not None:

@@ -53,21 +53,24 @@ def trained_on(target: str) -> str:
     """The corpus that a run's record names, if its name is enough to find it.
 
     Raises:
-        ScanLMError: there is no record, or the corpus was a folder.
+        ScanLMError: there is no record, it is damaged or not of text, or the corpus was a folder.
     """
     from scanlm.data import NAMES
+    from scanlm.records import RUN_FILE, Run
 
     folder = Path(target).expanduser()
-    for place in (folder, folder.parent):
-        try:
-            record = json.loads((place / "run.json").read_text())
-        except (OSError, ValueError):
-            continue
-        name = str(record.get("parameters", {}).get("corpus"))
-        if name.partition("#")[0] in NAMES:
-            return name
-        raise ScanLMError(f"{target}: its corpus {name!r} is no name that is known: give --corpus")
-    raise ScanLMError(f"{target} is no run, so nothing says which corpus to score: give --corpus")
+    run = next((place for place in (folder, folder.parent) if (place / RUN_FILE).exists()), None)
+    if run is None:
+        what = "is no run" if folder.exists() else "does not exist, or is a name of a hub's model"
+        raise ScanLMError(f"{target} {what}, so nothing says which corpus to score: give --corpus")
+    name = Run.open(run).info.get("parameters", {}).get("corpus")
+    if name is None:
+        raise ScanLMError(
+            f"{target} was not trained on text, which evaluate scores: choose another run"
+        )
+    if str(name).partition("#")[0] in NAMES:
+        return str(name)
+    raise ScanLMError(f"{target}: its corpus {name!r} is no name that is known: give --corpus")
 
 
 def default_figure(rows: Rows, root: str | Path) -> Path:

@@ -55,10 +55,12 @@ def sweep(
     from scanlm.cli import tables
     from scanlm.sweeps.files import read_sweep
     from scanlm.sweeps.plans import choose, plan
+    from scanlm.values import check_duration
 
     begun = time.monotonic()
     try:
         content = read_sweep(file)
+        check_duration("max_seconds", max_seconds)
         _check_options(content.kind, jobs, save_weights, device)
         runs = plan(content, out)
         chosen = choose(runs, only)

@@ -1,9 +1,10 @@
 """Which recorded state-tracking runs belong together, and what was probed in them.
 
-Runs that differ in the seed only are a *set*. The recipe is the scan model's set with most seeds
-and then the greatest reach; every other set of the scan model is an ablation, named by what differs
-from the recipe. A baseline is, of each model and configuration, the set with most seeds and then
-the greatest reach among those trained on words as long as the recipe's; the others are a search.
+Runs that differ in the seed only are a *set*; how a run was evaluated, compiled and validated does
+not count. The recipe is the scan model's set with most seeds and then the greatest reach; every
+other set of the scan model is an ablation, named by what differs from the recipe. A baseline is, of
+each family (of Gated DeltaNet, by the sign of its eigenvalues), the set with most seeds and then the
+greatest reach among those trained on words as long as the recipe's; the others are a search.
 """
 
 from __future__ import annotations
@@ -18,55 +19,96 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # state_noise was of the whole run before it was of a stage; no record has it there
-IGNORED = ("eval_", "compile_from_length", "log_every", "validation_sequences", "state_noise")
-STAGE_FIELDS = ("length", "lr", "dropout", "state_noise", "batch_size", "threshold")
+IGNORED = ("eval_", "compile", "log_every", "validation_sequences", "state_noise")
 
 
 def _training(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the trained weights, flat: ``config.x``, and the stages' columns."""
+    """What decides the trained weights, flat: ``config.x``, and ``stages.x`` with one value a stage.
+
+    What a record does not say has its default: it was made before the setting was.
+    """
+    from scanlm.curriculum_settings import Stage, StateTrackingSettings
+
     flat: dict[str, Any] = {}
-    for name, value in parameters.items():
-        if name == "config":
-            flat |= {f"config.{k}": v for k, v in (value or {}).items()}
-        elif name == "stages":
-            for field in STAGE_FIELDS:
-                flat[f"stages.{field}"] = [stage.get(field) or 0 for stage in value]
-            # where a threshold ends a stage, its budget is only a limit
-            flat["stages.max_steps"] = [
-                0 if stage.get("threshold") else stage.get("max_steps") for stage in value
-            ]
-        elif not name.startswith(IGNORED):
-            flat[name] = value
+    for name, field in StateTrackingSettings.model_fields.items():
+        if name not in ("model", "config", "stages", "seed") and not name.startswith(IGNORED):
+            flat[name] = parameters.get(name, field.default)
+    flat |= {f"config.{k}": v for k, v in (parameters.get("config") or {}).items()}
+    for name, field in Stage.model_fields.items():
+        flat[f"stages.{name}"] = [stage.get(name, field.default) for stage in parameters["stages"]]
     return flat
+
+
+def _plain(value: Any) -> Any:
+    """Lists and tuples alike, as records have lists only."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _stage_text(field: str, values: list[Any], was: list[Any], lengths: list[int]) -> str:
+    """What a stage's field is where it is another, and where that is."""
+    what = field.replace("_", " ")
+    if field in ("dropout", "state_noise"):
+        used = sorted({v for v in values if v})
+        where = "all stages" if len(used) == 1 and all(values) else "late"
+        return f"{what} {used[-1]:g}, {where}" if used else f"no {what}"
+    changed = {n: v for n, v, w in zip(lengths, values, was, strict=True) if v != w}
+    texts = []
+    for value in dict.fromkeys(changed.values()):
+        of = [n for n, v in changed.items() if v == value]
+        number = f"{value:,}" if isinstance(value, int) else str(value)
+        text = f"{number} steps" if field == "max_steps" else f"{what} {value}"
+        places = "" if len(of) == len(lengths) else f" at {', '.join(map(str, of))}"
+        texts.append(text + places)
+    return "; ".join(texts)
 
 
 def _text(name: str, value: Any) -> str:
     field = name.rpartition(".")[2]
-    if name == "stages.length":
-        return f"lengths {value[0]} to {value[-1]}"
-    if name in ("stages.dropout", "stages.state_noise"):
-        what = field.replace("_", " ")
-        used = sorted({v for v in value if v})
-        where = "all stages" if len(used) == 1 and all(value) else "late"
-        return f"{what} {used[-1]:g}, {where}" if used else f"no {what}"
-    if name == "stages.lr":
-        return f"last lr {value[-1]:g}"
-    if name == "stages.max_steps":
-        return f"last stage {value[-1]:,} steps"
     if isinstance(value, bool):
         return f"{field}" if value else f"no {field}"
     return f"{field} {value}"
 
 
 def difference(recipe: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """What a run does unlike the recipe, in a few words."""
+    """What a run does unlike the recipe, in a few words.
+
+    Where a threshold ends a stage its steps are only a limit: that another limit was set is not
+    told, unless it is all there is to tell.
+
+    Args:
+        recipe, other: parameters of runs of the scan model.
+    """
     a, b = _training(recipe), _training(other)
-    names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
-    if "stages.length" in names:  # other stages have other columns throughout
-        names = [n for n in names if not n.startswith("stages.") or n == "stages.length"]
-    if "stories" in names and b.get("stories"):
+    told = [dict(flat) for flat in (a, b)]
+    for flat in told:
+        limits = zip(flat["stages.max_steps"], flat["stages.threshold"], strict=True)
+        flat["stages.max_steps"] = [0 if threshold else steps for steps, threshold in limits]
+    return _difference(*told) or _difference(a, b)
+
+
+def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
+    from scanlm.config import ScanLMConfig
+
+    usual = ScanLMConfig()
+    names = []
+    for name in {**a, **b}:
+        default = getattr(usual, name.removeprefix("config."), None) if "config." in name else None
+        a.setdefault(name, default)
+        b.setdefault(name, default)
+        if _plain(a[name]) != _plain(b[name]):
+            names.append(name)
+    if "stories" in names and b["stories"]:
         return "the original's setting"
-    return "; ".join(_text(name, b.get(name)) for name in names[:3])
+    lengths = b["stages.length"]
+    if "stages.length" in names:  # other stages have other columns throughout
+        rest = [_text(n, b[n]) for n in names if not n.startswith("stages.")]
+        return "; ".join([f"lengths {lengths[0]} to {lengths[-1]}", *rest])
+    return "; ".join(
+        _stage_text(name.removeprefix("stages."), b[name], a[name], lengths)
+        if name.startswith("stages.")
+        else _text(name, b[name])
+        for name in names
+    )
 
 
 def sort_runs(runs: pd.DataFrame) -> pd.DataFrame:

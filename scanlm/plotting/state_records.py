@@ -2,9 +2,9 @@
 
 Runs that differ in the seed only are a *set*; how a run was evaluated, compiled and validated does
 not count. The recipe is the scan model's set with most seeds and then the greatest reach; every
-other set of the scan model is an ablation, named by what differs from the recipe. A baseline is, of
-each family (of Gated DeltaNet, by the sign of its eigenvalues), the set with most seeds and then the
-greatest reach among those trained on words as long as the recipe's; the others are a search.
+other set of the scan model is an ablation, named by what differs from the recipe. A baseline is,
+of each family (of Gated DeltaNet, by the sign of its eigenvalues), the set with most seeds and then
+the greatest reach among those trained on words as long as the recipe's; the others are a search.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IGNORED = ("eval_", "compile", "log_every", "validation_sequences", "state_noise
 
 
 def _training(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the trained weights, flat: ``config.x``, and ``stages.x`` with one value a stage.
+    """What decides the trained weights, flat: ``config.x``; ``stages.x`` with one value a stage.
 
     What a record does not say has its default: it was made before the setting was.
     """

@@ -279,6 +279,12 @@ def preset_settings(
     return make_settings(plain)
 
 
+def _how_to_set(entries: list[Any], place: str) -> str:
+    if all(isinstance(entry, dict) for entry in entries):
+        return f"name a field of the stage: stages.{place}.lr"
+    return "this list is set as a whole"
+
+
 def _assign(target: Any, path: list[str], value: Any, override: str) -> None:
     head, rest = path[0], path[1:]
     if isinstance(target, list):
@@ -288,6 +294,8 @@ def _assign(target: Any, path: list[str], value: Any, override: str) -> None:
             raise ScanLMError(
                 f"{override!r}: no stage {head!r}; use 0 to {len(target) - 1}, -1 or *"
             ) from None
+        if not rest:
+            raise ScanLMError(f"{override!r}: {_how_to_set(target, head)}")
         for entry in entries:
             _assign(entry, rest, value, override)
     elif not isinstance(target, dict) or not head:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,6 +15,7 @@ from scanlm.length_evaluation import LENGTHS, check_counts
 from scanlm.values import parse_assignments
 
 TOKENS_PER_BATCH, LARGEST_BATCH = 4096, 1024
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Stage(BaseModel):
@@ -24,7 +25,7 @@ class Stage(BaseModel):
     ``threshold=None`` it always runs its steps, which a learning-rate decay needs.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     length: int
     max_steps: int = Field(ge=1)
@@ -55,14 +56,14 @@ class StateTrackingSettings(BaseModel):
     vocabulary is always the group's order.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str = "scan"
     config: dict[str, Any] = {}
     group: str = "S5"
     stages: tuple[Stage, ...] = Field(min_length=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=1.0, gt=0)
     # "bf16": autocast; "pure_bf16": a copy of the weights in bf16 computes, so that nothing is cast
@@ -265,6 +266,7 @@ def preset_settings(
         overrides: values by dotted keys, or ``key=value`` texts: ``ema=0.999``,
             ``config.n_embd=128``, ``stages.-1.max_steps=30000`` (a stage by index),
             ``stages.*.dropout=0`` (all). Whole settings (no dot) are set before parts of them.
+            Another ``model`` than "scan" starts from its own configuration, not the preset's.
         values: whole settings by name, e.g. ``seed=1``.
 
     Raises:
@@ -274,6 +276,8 @@ def preset_settings(
         raise ScanLMError(f"unknown preset {preset!r}.{nearest(preset, PRESETS)}")
     changes = overrides if isinstance(overrides, Mapping) else parse_assignments(overrides)
     plain = deepcopy(PRESETS[preset]) | values
+    if changes.get("model", plain.get("model", "scan")) != "scan" and "config" not in values:
+        plain["config"] = {}  # the preset's is the scan model's
     for key, value in sorted(changes.items(), key=lambda change: "." in change[0]):
         _assign(plain, key.split("."), deepcopy(value), f"{key}={value!r:.60}")
     return make_settings(plain)

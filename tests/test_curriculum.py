@@ -93,6 +93,9 @@ def test_overrides_reach_stages_and_config() -> None:
         ("stages.*={}", r"name a field of the stage: stages.\*.lr"),
         ("eval_lengths.0=3", "this list is set as a whole"),
         ("stages.0.lr=-1", "greater than 0"),
+        ("stages.0.lr=.inf", r"stages.0.lr=inf: Input should be a finite number"),
+        ("clip=.nan", "clip=nan: Input should be a finite number"),
+        ("betas=[0.9, 3]", "betas.1=3: Input should be less than 1"),
         ("stories=10", "fewer than the batch"),
         ("eval_lengths=[]", "eval_lengths is empty: name at least one"),
         ("eval_lengths=[0, -3]", "eval_lengths: a length must be at least 1, got -3"),
@@ -103,6 +106,17 @@ def test_wrong_settings_are_one_clear_line(change: str, message: str) -> None:
     with pytest.raises(ScanLMError, match=message) as error:
         preset_settings("smoke", [change])
     assert "\n" not in str(error.value)
+
+
+def test_a_comparison_model_does_not_get_the_scan_models_config() -> None:
+    assert preset_settings("smoke", ["model=gpt2_tiny"]).config == {}
+    assert preset_settings("smoke", model="gpt2_tiny").config == {}
+    changes = ["model=gpt2_tiny", "config.n_embd=16"]
+    assert preset_settings("smoke", changes).config == {"n_embd": 16}
+    given = {"n_positions": 8}
+    assert preset_settings("smoke", {"model": "gpt2_tiny", "config": given}).config == given
+    assert preset_settings("smoke", model="gpt2_tiny", config=given).config == given
+    assert preset_settings("smoke", ["model=scan"]).config == PRESETS["smoke"]["config"]
 
 
 def test_t1_settings_need_a_scan_model() -> None:

@@ -9,20 +9,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer
 
 from scanlm.data import Blocks
+from scanlm.errors import ScanLMError
 from scanlm.loss import loss_only
 from scanlm.streams import CarriedState, StreamedBlocks
 
@@ -207,3 +211,39 @@ def saved_steps(folder: Path) -> list[int]:
     """Steps of a run's complete checkpoints, ascending."""
     names = [p.parent.name for p in folder.glob("checkpoint-*/trainer_state.json")]
     return sorted(int(n.removeprefix("checkpoint-")) for n in names if n[11:].isdigit())
+
+
+def check_saved(folder: Path) -> None:
+    """Refuse to go on from a run's latest checkpoint if a file of it is damaged.
+
+    Args:
+        folder: of the run, with at least one checkpoint.
+
+    Raises:
+        ScanLMError: names the file, and where the run goes on without that checkpoint.
+    """
+    *earlier, latest = saved_steps(folder)
+    checkpoint = folder / f"checkpoint-{latest}"
+    for file in sorted(checkpoint.iterdir()):
+        if reason := _damage(file):
+            instead = f"goes on from checkpoint-{earlier[-1]}" if earlier else "starts again"
+            raise ScanLMError(
+                f"{file} is truncated or damaged ({reason}): remove {checkpoint}, and the same "
+                f"command {instead}"
+            )
+
+
+def _damage(file: Path) -> str:
+    """What is wrong with a file of a checkpoint; empty if nothing is to be seen from outside."""
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        elif file.suffix == ".safetensors":
+            with safe_open(file, framework="pt"):
+                pass
+        # what torch.save writes is a ZIP archive, whose directory stands at its end
+        elif file.suffix in (".pt", ".pth") and not is_zipfile(file):
+            return f"{file.stat().st_size} bytes"
+    except (ValueError, SafetensorError) as error:
+        return str(error)
+    return ""

@@ -56,7 +56,7 @@ from scanlm.scoring import (
 )
 from scanlm.settings import PRESETS, TrainingSettings, resolve_settings
 from scanlm.streams import StreamedBlocks
-from scanlm.trainer import Diverged, ExactTrainer, OrderedBlocks, saved_steps
+from scanlm.trainer import Diverged, ExactTrainer, OrderedBlocks, check_saved, saved_steps
 from scanlm.values import format_value
 
 PADDED_VOCABULARY = 128  # a model may round its vocabulary up to such multiples
@@ -189,6 +189,8 @@ class _Session:
         for unwanted in (PrinterCallback, ProgressCallback):
             self.trainer.remove_callback(unwanted)
         done = (saved_steps(self.folder) or [0])[-1]
+        if done:
+            check_saved(self.folder)
         if self.run is not None:
             shutil.rmtree(self.folder / ".saving", ignore_errors=True)
             self.run.truncate(after_step=done)

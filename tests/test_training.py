@@ -1,6 +1,7 @@
 """Training: exact resume after SIGKILL, data order, weight decay, divergence, bad settings."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -310,6 +311,29 @@ def test_an_interrupt_saves_the_step_and_loses_nothing(
     )
     assert {row[2] for row in rows - reference} == {5}  # what was logged because it was saved
     assert not reference - rows
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_named_with_what_to_do(
+    corpus: TokenizedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    settings = TrainingSettings(**SMALL, root=str(tmp_path))
+    with monkeypatch.context() as patch:
+        interrupted_at(5, again=False, monkeypatch=patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, small_model(), corpus)
+    (state,) = tmp_path.glob("*/*/checkpoint-5/trainer_state.json")
+    file = state.parent / name
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ScanLMError, match=rf"{name} is truncated or damaged .* starts again"):
+        train(settings, small_model(), corpus)
+    earlier = state.parent.with_name("checkpoint-4")
+    shutil.copytree(state.parent, earlier)
+    with pytest.raises(ScanLMError, match="the same command goes on from checkpoint-4"):
+        train(settings, small_model(), corpus)
+    for folder in (earlier, state.parent):
+        shutil.rmtree(folder)
+    assert train(settings, small_model(), corpus).finished
 
 
 def test_a_run_that_another_process_trains_is_left_alone(

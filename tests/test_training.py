@@ -313,9 +313,8 @@ def test_an_interrupt_saves_the_step_and_loses_nothing(
     assert not reference - rows
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", "trainer_state.json"])
 def test_a_damaged_checkpoint_is_named_with_what_to_do(
-    corpus: TokenizedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    corpus: TokenizedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = TrainingSettings(**SMALL, root=str(tmp_path))
     with monkeypatch.context() as patch:
@@ -323,19 +322,19 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(
         with pytest.raises(KeyboardInterrupt):
             train(settings, small_model(), corpus)
     (state,) = tmp_path.glob("*/*/checkpoint-5/trainer_state.json")
-    file = state.parent / name
-    file.write_bytes(file.read_bytes()[:100])
-    damaged = pytest.raises(
-        ScanLMError, match=rf"{name} is truncated or damaged .* from checkpoint-4"
-    )
-    with damaged:
+    latest = state.parent
+    for name in ("optimizer.pt", "model.safetensors", "trainer_state.json"):
+        whole = (latest / name).read_bytes()
+        (latest / name).write_bytes(whole[:100])
+        message = rf"{name} is truncated or damaged .* goes on from checkpoint-4"
+        with pytest.raises(ScanLMError, match=message):
+            train(settings, small_model(), corpus)
+        (latest / name).write_bytes(whole)
+    shutil.rmtree(latest.with_name("checkpoint-4"))
+    (latest / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(ScanLMError, match=r"remove .*checkpoint-5, and the same command starts"):
         train(settings, small_model(), corpus)
-    shutil.rmtree(state.parent.with_name("checkpoint-4"))
-    with pytest.raises(
-        ScanLMError, match="remove .*checkpoint-5, and the same command starts again"
-    ):
-        train(settings, small_model(), corpus)
-    shutil.rmtree(state.parent)
+    shutil.rmtree(latest)
     assert train(settings, small_model(), corpus).finished
 
 

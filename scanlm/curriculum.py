@@ -31,7 +31,7 @@ from scanlm.curriculum_settings import (
     make_settings,
     preset_settings,
 )
-from scanlm.curriculum_step import Learner
+from scanlm.curriculum_step import Learner, check_model
 from scanlm.devices import usable_device
 from scanlm.errors import ScanLMError, nearest
 from scanlm.interrupts import held_interrupts
@@ -325,13 +325,14 @@ def train_many(
         The records, in order.
 
     Raises:
-        ScanLMError: a setting is out of range, a run is asked for twice or written by another
-            process, a device that is not there, or a checkpoint of another curriculum. Nothing
-            has been trained then.
+        ScanLMError: a setting is out of range, a model that cannot be built, a run is asked for
+            twice or written by another process, a device that is not there, or a checkpoint of
+            another curriculum. Nothing has been trained then.
         KeyboardInterrupt: once the steps that had begun are done and every run is saved.
     """
     for entry in settings:
         entry.check()
+        check_model(entry)
     if save_weights not in SAVE_WEIGHTS:
         raise ScanLMError(
             f"unknown save_weights {save_weights!r}.{nearest(save_weights, SAVE_WEIGHTS)}"

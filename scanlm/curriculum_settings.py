@@ -100,9 +100,11 @@ class StateTrackingSettings(BaseModel):
 
         Raises:
             ScanLMError: unknown group, length below 1, a threshold outside (0, 1], stages that
-                do not grow, fewer stories than a batch, no length to evaluate.
+                do not grow, fewer stories than a batch, no length to evaluate, a vocabulary or
+                rate of dropout that the model cannot have.
         """
         get_group(self.group)
+        self._check_config()
         check_counts(self.eval_lengths, "eval_lengths")
         lengths = [stage.length for stage in self.stages]
         if min(lengths) < 1:
@@ -133,6 +135,19 @@ class StateTrackingSettings(BaseModel):
                 raise ScanLMError(
                     f"{used[0]} acts on T1, which model {self.model!r} has not: leave it out or "
                     'use model="scan"'
+                )
+
+    def _check_config(self) -> None:
+        if "vocab_size" in self.config:
+            raise ScanLMError(
+                f"config.vocab_size={self.config['vocab_size']!r}: the vocabulary is always the "
+                "group's order: leave it out"
+            )
+        for name, rate in self.config.items():
+            if name.endswith("_pdrop") and not (isinstance(rate, int | float) and 0 <= rate < 1):
+                raise ScanLMError(
+                    f"config.{name}={rate!r} is outside [0, 1): leave it out, since training takes "
+                    "the dropout of its stage"
                 )
 
 

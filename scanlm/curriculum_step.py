@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scanlm import baselines
+from scanlm.baselines import ModelEntry, load_entry
 from scanlm.compiling import compile_model
 from scanlm.curriculum_settings import Stage, StateTrackingSettings
-from scanlm.errors import ScanLMError
 from scanlm.groups import get_group, word_batch
 from scanlm.length_evaluation import check_lengths, word_logits
 
@@ -33,26 +34,34 @@ EAGER_STEPS = 3
 
 
 def build_model(settings: StateTrackingSettings, device: torch.device | str = "cpu") -> nn.Module:
-    """The run's model with the group's order as vocabulary, initialised from the run's seed."""
-    order = get_group(settings.group).order
+    """The run's model with the group's order as vocabulary, initialised from the run's seed.
+
+    Raises:
+        ScanLMError: an unknown model or field (with the nearest), a value out of range, or stages
+            beyond the model's positions.
+    """
+    if settings.model == "scan":
+        entry = ModelEntry(id="scan", family="scanlm", config=settings.config)
+    else:
+        own = load_entry(settings.model)
+        entry = own.model_copy(update={"config": {**own.config, **settings.config}})
+    # made on a CPU, GLA and Gated DeltaNet are plain torch: their fused kernels compute in blocks
+    # of 64 tokens, mostly padding in words this short, and not in float32
+    place = "meta" if torch.device(device).type == "meta" else "cpu"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        if settings.model == "scan":
-            from scanlm import ScanLMConfig, ScanLMForCausalLM
-
-            try:
-                config = ScanLMConfig(**{**settings.config, "vocab_size": order})
-            except TypeError as error:
-                raise ScanLMError(f"config: {error}") from None
-            model: nn.Module = ScanLMForCausalLM(config)
-        else:
-            from scanlm.baselines import build_model as build_registered
-
-            # made on a CPU, GLA and Gated DeltaNet are plain torch: their fused kernels compute in
-            # blocks of 64 tokens, mostly padding in words this short, and not in float32
-            model = build_registered(settings.model, order, "cpu", **settings.config)
+        model = baselines.build_model(entry, get_group(settings.group).order, place)
     check_lengths(model, [s.length for s in settings.stages])
-    return model.to(device)
+    return model.to(device)  # type: ignore[arg-type]
+
+
+def check_model(settings: StateTrackingSettings) -> None:
+    """Refuse a model that cannot be built; nothing is drawn and no memory is taken.
+
+    Raises:
+        ScanLMError: as ``build_model``.
+    """
+    build_model(settings, "meta")
 
 
 def set_dropout(model: nn.Module, p: float, where: str = "all") -> None:
@@ -61,7 +70,7 @@ def set_dropout(model: nn.Module, p: float, where: str = "all") -> None:
         inside = where == "all" or name.split(".")[0] == where
         if isinstance(module, nn.Dropout):
             module.p = p if inside else 0.0
-        if isinstance(getattr(module, "attn_pdrop", None), float):
+        if isinstance(getattr(module, "attn_pdrop", None), float | int):  # a given 0 is an int
             module.attn_pdrop = p if inside else 0.0
 
 

@@ -22,6 +22,7 @@ from scanlm.errors import ScanLMError
 from scanlm.groups import get_group, running_products, word_batch
 from scanlm.length_evaluation import bin_edges, evaluate_lengths, reach, wilson, word_logits
 from scanlm.records import Run, read_metrics
+from scanlm.sweeps.state_tracking_runs import state_tracking_run
 
 TINY = (
     "config.n_embd=16",
@@ -92,6 +93,8 @@ def test_overrides_reach_stages_and_config() -> None:
         ("stages.0=3", "'stages.0=3': name a field of the stage: stages.0.lr"),
         ("stages.*={}", r"name a field of the stage: stages.\*.lr"),
         ("eval_lengths.0=3", "this list is set as a whole"),
+        ("config.attn_pdrop=7", r"config.attn_pdrop=7 is outside \[0, 1\)"),
+        ("config.vocab_size=7", "config.vocab_size=7: the vocabulary is always the group's order"),
         ("stages.0.lr=-1", "greater than 0"),
         ("stages.0.lr=.inf", r"stages.0.lr=inf: Input should be a finite number"),
         ("clip=.nan", "clip=nan: Input should be a finite number"),
@@ -147,6 +150,9 @@ def test_dropout_reaches_the_named_part_only() -> None:
     assert model.t2.h[0].attn.attn_pdrop == model.t2.h[0].mlp.dropout.p == model.drop.p == 0
     set_dropout(model, 0.5)
     assert model.t2.h[0].attn.attn_pdrop == model.drop.p == 0.5
+    model.t2.h[0].attn.attn_pdrop = 0  # as "config.attn_pdrop=0" has it
+    set_dropout(model, 0.5)
+    assert model.t2.h[0].attn.attn_pdrop == 0.5
 
 
 def test_pure_bf16_computes_with_rounded_weights_and_optimises_exact_ones() -> None:
@@ -305,6 +311,36 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_written(tmp_pa
     with pytest.raises(ScanLMError, match="device 'cudo' cannot be used"):
         train_many([preset_settings("smoke")], tmp_path, "cudo")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["config.t1_layer=3"], "unknown field 't1_layer' of ScanLMConfig. Did you mean 't1_layer"),
+        (["config.device=cpu"], "unknown field 'device' of ScanLMConfig"),
+        (["config.n_embd=7"], "n_embd=7 is not divisible by n_head=4"),
+        (["config.n_inner=-3"], "model 'scan' cannot be built"),
+        (["model=gpt2_tiny", "config.n_embed=16"], "unknown field 'n_embed' of GPT2Config. Did"),
+        (["model=gpt2_tiny", "config.entry=16"], "unknown field 'entry' of GPT2Config"),
+        (["model=gpt2_tinny"], "unknown model 'gpt2_tinny'. Did you mean 'gpt2_tiny'"),
+        (["model=gpt2_tiny", "config.n_positions=3"], "length 4 is beyond n_positions=3"),
+    ],
+    ids=str,
+)
+def test_a_model_that_cannot_be_is_refused_before_anything_is_written(
+    tmp_path: Path, changes: list[str], message: str
+) -> None:
+    fine = preset_settings("smoke", TINY)
+    wrong = preset_settings("smoke", changes)
+    with pytest.raises(ScanLMError, match=message) as error:
+        train_many([fine, wrong], root=tmp_path, device="cpu")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_refuses_a_model_that_cannot_be() -> None:
+    with pytest.raises(ScanLMError, match="Did you mean 't1_layers'"):
+        state_tracking_run({"preset": "smoke", "config.t1_layer": 3}, None)
 
 
 def test_no_time_left_saves_and_trains_nothing(tmp_path: Path) -> None:

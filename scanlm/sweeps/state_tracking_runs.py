@@ -8,6 +8,7 @@ from typing import Any
 
 from scanlm.curriculum import record_folder
 from scanlm.curriculum_settings import preset_settings
+from scanlm.curriculum_step import check_model
 from scanlm.records import METRICS_FILE, RUN_FILE, Run, read_metrics
 from scanlm.sweeps.plans import State, optional_text
 from scanlm.values import format_value
@@ -25,6 +26,7 @@ def state_tracking_run(values: dict[str, Any], out: Path | None) -> dict[str, An
     """
     preset = optional_text(values, "preset") or "paper"
     settings = preset_settings(preset, values)
+    check_model(settings)
     root = out if out is not None else Path("data/runs")
     folder = record_folder(settings, root)
     words = ["curriculum", "--preset", preset, "--seeds", str(settings.seed)]

@@ -114,6 +114,8 @@ class _Trainee:
         path = record.folder / CHECKPOINT
         if path.exists():
             self._resume(path)
+        # what comes after the checkpoint (without one: everything) is measured again
+        record.truncate(after_step=self.learner.step)
         if not self.trained:
             self.learner.begin_stage(self.stage, self.stage_step)
 
@@ -212,7 +214,6 @@ class _Trainee:
         self.tokens, self.seconds, self.stage_seconds = state["counts"]
         self.stages = state["stages"]
         self.learner.load(state["learner"])
-        self.record.truncate(after_step=self.learner.step)
 
     def finish(self, save_weights: str) -> None:
         """Evaluate at all lengths, save the weights, close the record."""
@@ -221,6 +222,7 @@ class _Trainee:
         limit = position_limit(model)
         lengths = [n for n in settings.eval_lengths if limit is None or n <= limit]
         beyond = [n for n in settings.eval_lengths if n not in lengths]
+        rows: list[tuple[str, float, dict[str, Any]]] = []
         reaches = {}
         for precision in settings.eval_precisions if lengths else ():
             result = evaluate_lengths(
@@ -232,13 +234,14 @@ class _Trainee:
                 settings.eval_batch_tokens,
                 precision,
             )
-            for name, value, axes in result.metrics():
-                self.record.log(name, value, step=self.learner.step, tokens=self.tokens, **axes)
+            rows += result.metrics()
             reaches[PRECISIONS[precision]] = result.reach()
-        for name, value, axes in self._probe(limit):
-            self.record.log(name, value, step=self.learner.step, tokens=self.tokens, **axes)
+        rows += self._probe(limit)
         if save_weights != "none":
             self._save_weights(save_weights)
+        # not before all is done: the rows of an evaluation that is begun again would stand twice
+        for name, value, axes in rows:
+            self.record.log(name, value, step=self.learner.step, tokens=self.tokens, **axes)
         summary = {
             "stages": self.stages,
             "steps": self.learner.step,
@@ -253,7 +256,7 @@ class _Trainee:
         self.record.finish(summary)
         (self.record.folder / CHECKPOINT).unlink(missing_ok=True)
 
-    def _probe(self, limit: int | None) -> list[tuple[str, float, dict[str, float]]]:
+    def _probe(self, limit: int | None) -> list[tuple[str, float, dict[str, Any]]]:
         settings = self.settings
         length = min(settings.eval_probe_length, limit or settings.eval_probe_length)
         trained = settings.stages[-1].length

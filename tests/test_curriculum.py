@@ -403,6 +403,48 @@ def test_an_interrupt_waits_for_the_steps_that_have_begun(
         assert _metrics(one.folder) == _metrics(other.folder)
 
 
+@pytest.mark.parametrize("ended", ["killed", "diverged"])
+def test_a_run_begun_again_without_a_checkpoint_has_every_row_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: str
+) -> None:
+    settings = preset_settings("smoke", TINY)
+    whole = train(settings, root=tmp_path / "whole", device="cpu")
+    read = Learner.read
+
+    def diverged(learner: Learner, steps: int) -> Any:
+        loss, *others = read(learner, steps)
+        return (math.nan if learner.step == 8 else loss, *others)
+
+    if ended == "diverged":
+        monkeypatch.setattr(Learner, "read", diverged)
+    part = train(settings, root=tmp_path / "part", device="cpu", max_steps=8)
+    monkeypatch.setattr(Learner, "read", read)
+    (part.folder / "checkpoint.pt").unlink(missing_ok=True)
+    assert len(_metrics(part.folder)) == 10
+    again = train(settings, root=tmp_path / "part", device="cpu")
+    assert again.folder == part.folder
+    assert _metrics(again.folder) == _metrics(whole.folder)
+
+
+def test_an_evaluation_begun_again_has_every_row_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = preset_settings("smoke", [*TINY, "eval_precisions=[fp32, bf16]"])
+    whole = train(settings, root=tmp_path / "whole", device="cpu")
+
+    def interrupted(*args: Any) -> Any:
+        if "bf16" in args:
+            raise KeyboardInterrupt
+        return evaluate_lengths(*args)
+
+    monkeypatch.setattr(curriculum, "evaluate_lengths", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, root=tmp_path / "part", device="cpu")
+    monkeypatch.setattr(curriculum, "evaluate_lengths", evaluate_lengths)
+    again = train(settings, root=tmp_path / "part", device="cpu")
+    assert _metrics(again.folder) == _metrics(whole.folder)
+
+
 def test_a_run_whose_last_steps_are_read_by_a_checkpoint_ends_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

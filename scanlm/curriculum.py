@@ -208,7 +208,7 @@ class _Trainee:
         path.with_suffix(".tmp").replace(path)
 
     def _resume(self, path: Path) -> None:
-        state = torch.load(path, map_location=self.learner.device, weights_only=True)
+        state = _read_checkpoint(path, self.learner.device)
         check_same_training(self.settings, state["settings"], path)
         self.stage_index, self.stage_step = state["place"]
         self.tokens, self.seconds, self.stage_seconds = state["counts"]
@@ -280,6 +280,21 @@ class _Trainee:
             torch.save(weights, folder / "weights.pt")
 
 
+def _read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, torch.OutOfMemoryError):
+        raise
+    # a file that was cut short is read as whatever its bytes mean, which may raise anything
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise ScanLMError(
+            f"{path} is damaged ({reason:.80}): remove it, and training starts again from the "
+            "beginning"
+        ) from error
+    return state
+
+
 def check_same_training(
     settings: StateTrackingSettings, saved: dict[str, Any], path: Path | str
 ) -> None:
@@ -329,8 +344,8 @@ def train_many(
 
     Raises:
         ScanLMError: a setting is out of range, a model that cannot be built, a run is asked for
-            twice or written by another process, a device that is not there, or a checkpoint of
-            another curriculum. Nothing has been trained then.
+            twice or written by another process, a device that is not there, or a checkpoint that
+            is damaged or of another curriculum. Nothing has been trained then.
         KeyboardInterrupt: once the steps that had begun are done and every run is saved.
     """
     for entry in settings:

@@ -490,6 +490,18 @@ def test_a_checkpoint_of_another_curriculum_in_the_folder_is_refused(tmp_path: P
         train_many([other], records=[record], device="cpu")
 
 
+@pytest.mark.parametrize("left", [0, 1, 500, -1], ids=lambda left: f"bytes={left}")
+def test_a_damaged_checkpoint_is_one_clear_line(tmp_path: Path, left: int) -> None:
+    settings = preset_settings("smoke", TINY)
+    path = train(settings, root=tmp_path, device="cpu", max_steps=4).folder / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(ScanLMError, match=r"is damaged \(.+\): remove it, and training") as error:
+        train(settings, root=tmp_path, device="cpu")
+    assert "\n" not in str(error.value)
+    path.unlink()
+    assert train(settings, root=tmp_path, device="cpu", max_steps=4).folder == path.parent
+
+
 def test_z2_is_learned_and_goes_beyond_its_training_length(tmp_path: Path) -> None:
     changes = ["stages.0.max_steps=400", "log_every=25"]
     settings = preset_settings("smoke", changes)

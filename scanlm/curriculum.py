@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,7 +43,7 @@ from scanlm.length_evaluation import (
     position_limit,
     reach,
 )
-from scanlm.records import SUMMARY_FILE, Run, run_id
+from scanlm.records import Run, run_id
 from scanlm.state_probe import probe_metrics
 
 __all__ = [
@@ -74,6 +74,10 @@ class Record(Protocol):
 
     folder: Path
 
+    @property
+    def status(self) -> str: ...
+    @property
+    def finished(self) -> bool: ...
     def log(self, name: str, value: float, **axes: Any) -> None: ...
     def truncate(self, after_step: int) -> None: ...
     def finish(self, summary: dict[str, Any], status: str = "finished") -> None: ...
@@ -346,7 +350,8 @@ def train_many(
         ScanLMError: a setting is out of range, a model that cannot be built, a run is asked for
             twice or written by another process, a device that is not there, or a checkpoint that
             is damaged or of another curriculum. Nothing has been trained then.
-        KeyboardInterrupt: once the steps that had begun are done and every run is saved.
+        KeyboardInterrupt: once the steps that had begun are done and every run is saved. Records
+            say "interrupted" then, as they do after ``max_seconds``; of another error, "failed".
     """
     for entry in settings:
         entry.check()
@@ -362,23 +367,23 @@ def train_many(
     def time_is_up() -> bool:
         return max_seconds is not None and time.perf_counter() - start >= max_seconds
 
-    opened = list(records) if records is not None else [open_run(s, root) for s in settings]
-    known: set[Path] = set()
-    for record in opened:
-        if record.folder in known:
-            raise ScanLMError(f"{record.folder.name} is asked for twice: leave one out")
-        known.add(record.folder)
-        if (record.folder / SUMMARY_FILE).exists():
-            say(f"already finished: {record.folder}")
-    with torch.random.fork_rng(devices=[]), ExitStack() as held:
-        for record in opened:
-            if isinstance(record, Run) and not record.finished:
+    given = None if records is None else list(records)
+    folders = [record_folder(s, root) for s in settings]
+    _refuse_twice(folders if given is None else [record.folder for record in given])
+    opened: list[Record] = []
+    with torch.random.fork_rng(devices=[]), ExitStack() as held, _stop_recorded(opened):
+        for place, entry in enumerate(settings):
+            record = open_run(entry, root) if given is None else given[place]
+            if record.finished:
+                say(f"already finished: {record.folder}{_no_weights(record, save_weights)}")
+            elif isinstance(record, Run):
                 held.enter_context(record.only_writer())
+            opened.append(record)
         with held_interrupts() as interrupted:
             trainees = [
                 _Trainee(entry, record, chosen)
                 for entry, record in zip(settings, opened, strict=True)
-                if not (record.folder / SUMMARY_FILE).exists()
+                if not record.finished
             ]
             begun = {id(t): t.learner.step for t in trainees}
             saved_at = time.perf_counter()
@@ -409,8 +414,38 @@ def train_many(
                 t.finish(save_weights)
                 say(f"{_state(t)}; evaluated\nrun: {t.record.folder}")
             elif not t.diverged:
+                t.record.fail("interrupted", f"stopped after step {t.learner.step}")
                 say(f"{_state(t)}; saved, the same command goes on\nrun: {t.record.folder}")
     return opened
+
+
+def _no_weights(record: Record, save_weights: str) -> str:
+    """What a finished run's line adds if weights are asked for that were not kept."""
+    if save_weights == "none" or (record.folder / WEIGHTS).exists():
+        return ""
+    return (
+        "; its weights were not kept: to train it anew and keep them, remove that folder and run "
+        "the same command again"
+    )
+
+
+def _refuse_twice(folders: Sequence[Path]) -> None:
+    for place, folder in enumerate(folders):
+        if folder in folders[:place]:
+            raise ScanLMError(f"{folder.name} is asked for twice: leave one out")
+
+
+@contextmanager
+def _stop_recorded(records: Sequence[Record]) -> Iterator[None]:
+    """What stops all runs is written into each that has not ended, and goes on."""
+    try:
+        yield
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        for record in records:
+            if record.status == "running":
+                record.fail(status, str(error) or type(error).__name__)
+        raise
 
 
 def _save_all(trainees: Sequence[_Trainee]) -> None:

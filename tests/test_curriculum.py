@@ -263,6 +263,11 @@ def test_noise_is_of_its_stage_and_of_training(monkeypatch: pytest.MonkeyPatch) 
         sizes.clear()
 
 
+def _status(folder: Path, root: Path | None = None) -> str:
+    """What the record says; with a root, that of the run of the same settings there."""
+    return Run.open(root / folder.parent.name / folder.name if root else folder).status
+
+
 def _weights(folder: Path) -> dict[str, Tensor]:
     return ScanLMForCausalLM.from_pretrained(folder / "checkpoint-final").state_dict()
 
@@ -347,6 +352,33 @@ def test_no_time_left_saves_and_trains_nothing(tmp_path: Path) -> None:
     record = train(preset_settings("smoke", TINY), root=tmp_path, device="cpu", max_seconds=0)
     assert (record.folder / "checkpoint.pt").exists()
     assert not (record.folder / "summary.json").exists()
+    assert _status(record.folder) == "interrupted"
+
+
+def test_an_error_is_recorded_in_the_runs_that_it_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [preset_settings("smoke", TINY, seed=seed) for seed in (0, 1, 2)]
+    done = train(runs[0], root=tmp_path, device="cpu")
+    read = Learner.read
+
+    def fails(learner: Learner, steps: int) -> Any:
+        if learner.settings.seed == 2:
+            raise RuntimeError("the device is gone")
+        return (math.nan, *read(learner, steps)[1:])
+
+    monkeypatch.setattr(Learner, "read", fails)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        train_many(runs, root=tmp_path, device="cpu")
+    folders = [curriculum.record_folder(entry, tmp_path) for entry in runs]
+    assert [_status(folder) for folder in folders] == ["finished", "diverged", "failed"]
+    assert Run.open(folders[2]).info["message"] == "the device is gone"
+    assert done.folder == folders[0]
+    monkeypatch.setattr(Learner, "read", read)
+    seen: list[str] = []
+    train_many(runs, tmp_path, "cpu", progress=lambda line: seen.extend(map(_status, folders[1:])))
+    assert "running" in seen
+    assert [_status(folder) for folder in folders] == ["finished"] * 3
 
 
 def test_what_becomes_of_each_run_is_said(tmp_path: Path) -> None:
@@ -361,21 +393,31 @@ def test_what_becomes_of_each_run_is_said(tmp_path: Path) -> None:
     assert said[-1].endswith(f"; evaluated\nrun: {run.folder}")
     train(settings, root=tmp_path, device="cpu", progress=said.append)
     assert said[-1] == f"already finished: {run.folder}"
+    options: dict[str, Any] = {"root": tmp_path, "device": "cpu", "save_weights": "bf16"}
+    train(settings, progress=said.append, **options)
+    assert said[-1].startswith(f"already finished: {run.folder}; its weights were not kept: ")
+    (run.folder / "checkpoint-final").mkdir()
+    train(settings, progress=said.append, **options)
+    assert said[-1] == f"already finished: {run.folder}"
 
 
 def test_a_run_asked_for_twice_is_refused(tmp_path: Path) -> None:
     settings = preset_settings("smoke", TINY)
     with pytest.raises(ScanLMError, match="asked for twice: leave one out"):
         train_many([settings, settings], root=tmp_path, device="cpu")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_another_process_trains_is_left_alone(tmp_path: Path) -> None:
     settings = preset_settings("smoke", TINY)
     record = train(settings, root=tmp_path, device="cpu", max_seconds=0)
     refused = pytest.raises(ScanLMError, match="is being written by another process")
+    beside = preset_settings("smoke", TINY, seed=1)
     with Run.open(record.folder).only_writer(), refused:
-        train(settings, root=tmp_path, device="cpu")
+        train_many([beside, settings], root=tmp_path, device="cpu")
     assert not (record.folder / "metrics.jsonl").exists()
+    assert _status(record.folder) != "failed"
+    assert _status(curriculum.record_folder(beside, tmp_path)) == "failed"
 
 
 def test_an_interrupt_waits_for_the_steps_that_have_begun(
@@ -398,7 +440,9 @@ def test_an_interrupt_waits_for_the_steps_that_have_begun(
         train_many(both, root=tmp_path / "cut", device="cpu")
     signal.signal(signal.SIGINT, before)
     assert steps == 8  # both runs up to their first record
+    assert [_status(one.folder, tmp_path / "cut") for one in whole] == ["interrupted"] * 2
     again = train_many(both, root=tmp_path / "cut", device="cpu")
+    assert [_status(one.folder, tmp_path / "cut") for one in whole] == ["finished"] * 2
     for one, other in zip(whole, again, strict=True):
         assert _metrics(one.folder) == _metrics(other.folder)
 

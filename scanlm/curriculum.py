@@ -45,6 +45,7 @@ from scanlm.length_evaluation import (
 )
 from scanlm.records import Run, run_id
 from scanlm.state_probe import probe_metrics
+from scanlm.values import check_duration
 
 __all__ = [
     "PRESETS",
@@ -360,6 +361,7 @@ def train_many(
         raise ScanLMError(
             f"unknown save_weights {save_weights!r}.{nearest(save_weights, SAVE_WEIGHTS)}"
         )
+    check_duration("max_seconds", max_seconds)
     start = time.perf_counter()
     chosen = usable_device(device)
     say = progress or (lambda line: None)

@@ -348,6 +348,13 @@ def test_a_sweep_refuses_a_model_that_cannot_be() -> None:
         state_tracking_run({"preset": "smoke", "config.t1_layer": 3}, None)
 
 
+@pytest.mark.parametrize("seconds", [-1.0, math.nan])
+def test_a_time_that_is_none_is_refused(tmp_path: Path, seconds: float) -> None:
+    with pytest.raises(ScanLMError, match="max_seconds=.*: expected seconds"):
+        train(preset_settings("smoke", TINY), root=tmp_path, device="cpu", max_seconds=seconds)
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_time_left_saves_and_trains_nothing(tmp_path: Path) -> None:
     record = train(preset_settings("smoke", TINY), root=tmp_path, device="cpu", max_seconds=0)
     assert (record.folder / "checkpoint.pt").exists()

@@ -350,7 +350,7 @@ def test_a_sweep_refuses_a_model_that_cannot_be() -> None:
 
 @pytest.mark.parametrize("seconds", [-1.0, math.nan])
 def test_a_time_that_is_none_is_refused(tmp_path: Path, seconds: float) -> None:
-    with pytest.raises(ScanLMError, match="max_seconds=.*: expected seconds"):
+    with pytest.raises(ScanLMError, match=r"max_seconds=.*: expected seconds"):
         train(preset_settings("smoke", TINY), root=tmp_path, device="cpu", max_seconds=seconds)
     assert not list(tmp_path.iterdir())
 

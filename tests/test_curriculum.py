@@ -324,7 +324,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_written(tmp_pa
         (["config.t1_layer=3"], "unknown field 't1_layer' of ScanLMConfig. Did you mean 't1_layer"),
         (["config.device=cpu"], "unknown field 'device' of ScanLMConfig"),
         (["config.n_embd=7"], "n_embd=7 is not divisible by n_head=4"),
-        (["config.n_inner=-3"], "model 'scan' cannot be built"),
+        (["config.n_inner=-3"], "n_inner"),
         (["model=gpt2_tiny", "config.n_embed=16"], "unknown field 'n_embed' of GPT2Config. Did"),
         (["model=gpt2_tiny", "config.entry=16"], "unknown field 'entry' of GPT2Config"),
         (["model=gpt2_tinny"], "unknown model 'gpt2_tinny'. Did you mean 'gpt2_tiny'"),

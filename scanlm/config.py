@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any, ClassVar
 
 from transformers import AutoConfig
@@ -11,6 +14,7 @@ from scanlm.errors import ScanLMError, nearest
 
 TRAIN_MODES = ("blelloch", "sequential", "parallel")
 POSITION_EMBEDDINGS = ("absolute", "chunk")
+NOT_SAVED = ("attn_implementation", "name_or_path", "torch_dtype")  # transformers takes them too
 
 # n_embd, t2_layers, n_head: the original's size table; medium and large are GPT-2's
 PRESETS: dict[str, tuple[int, int, int]] = {
@@ -44,7 +48,7 @@ class ScanLMConfig(PretrainedConfig):
         tie_word_embeddings: use the token embedding as the output projection too.
 
     Raises:
-        ScanLMError: a value is out of range; the message names it.
+        ScanLMError: a value is of another type or out of range; the message names it.
     """
 
     model_type = "scanlm"
@@ -88,23 +92,63 @@ class ScanLMConfig(PretrainedConfig):
             self._check_count(name)
         for name in ("t1_layers", "t2_layers"):
             self._check_count(name)
+        if self.n_inner is not None:
+            self._check_count("n_inner", "an integer >= 1, or None for 4 * n_embd")
+        for name in ("t1_causal", "leaf_norm", "prefix_embedding"):
+            self._check_switch(name)
+        for name in ("use_cache", "tie_word_embeddings"):
+            self._check_switch(name)
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            self._check_number(name, "a probability in [0, 1)", lambda p: 0 <= p < 1)
+        self._check_number("layer_norm_epsilon", "a number > 0", lambda x: 0 < x < math.inf)
+        self._check_number("initializer_range", "a number >= 0", lambda x: 0 <= x < math.inf)
         if self.n_embd % self.n_head:
             raise ScanLMError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: every head needs "
                 "n_embd / n_head features; change one of the two"
             )
+        # not above: it loads torch's layers
+        from transformers.activations import ACT2FN
+
         for name, known in (
             ("train_mode", TRAIN_MODES),
             ("position_embedding", POSITION_EMBEDDINGS),
+            ("activation_function", tuple(ACT2FN)),
         ):
             value = getattr(self, name)
             if value not in known:
-                raise ScanLMError(f"unknown {name} {value!r}.{nearest(str(value), known)}")
+                raise ScanLMError(f"unknown {name} {value!r}.{nearest(value, known)}")
 
-    def _check_count(self, name: str) -> None:
+    def _check_count(self, name: str, expected: str = "an integer >= 1") -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ScanLMError(f"{name} must be an integer >= 1, got {value!r}")
+            raise ScanLMError(f"{name} must be {expected}, got {value!r}")
+
+    def _check_switch(self, name: str) -> None:
+        value = getattr(self, name)
+        # a string would count as true; 0 and 1 are what they seem, and may be in saved files
+        if not isinstance(value, Real) or value not in (0, 1):
+            raise ScanLMError(f"{name} must be true or false, got {value!r}")
+
+    def _check_number(self, name: str, expected: str, fits: Callable[[Any], bool]) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, Real) or not fits(value):
+            raise ScanLMError(f"{name} must be {expected}, got {value!r}")
+
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Refuse names that are no field, which transformers would keep without using them.
+
+        Raises:
+            ScanLMError: the first such name, with the nearest field.
+        """
+        known = {*cls().to_dict(), *cls.attribute_map, *NOT_SAVED}
+        known -= {"model_type", "transformers_version"}
+        for name in names:
+            if name not in known:
+                raise ScanLMError(
+                    f"unknown field {name!r} of {cls.__name__}.{nearest(name, known)}"
+                )
 
     @classmethod
     def preset(cls, size: str, **overrides: Any) -> ScanLMConfig:
@@ -115,10 +159,11 @@ class ScanLMConfig(PretrainedConfig):
             overrides: any field of the configuration.
 
         Raises:
-            ScanLMError: an unknown size.
+            ScanLMError: an unknown size or field (with the nearest), or a value out of range.
         """
-        if size not in PRESETS:
+        if not isinstance(size, str) or size not in PRESETS:
             raise ScanLMError(f"unknown preset {size!r}.{nearest(size, PRESETS)}")
+        cls.check_names(overrides)
         n_embd, t2_layers, n_head = PRESETS[size]
         sizes = {"n_embd": n_embd, "t2_layers": t2_layers, "n_head": n_head}
         return cls(**{**sizes, **overrides})

@@ -86,3 +86,63 @@ def test_an_unknown_choice_far_from_all_lists_them() -> None:
 def test_an_unknown_preset_offers_the_nearest() -> None:
     with pytest.raises(ScanLMError, match=r"unknown preset 'standart'.* Did you mean 'standard'\?"):
         ScanLMConfig.preset("standart")
+
+
+@pytest.mark.parametrize("size", [None, 3, ["tiny"]])
+def test_a_preset_that_is_no_name_is_refused(size: Any) -> None:
+    with pytest.raises(ScanLMError, match="unknown preset"):
+        ScanLMConfig.preset(size)
+
+
+def test_a_preset_refuses_fields_that_are_none() -> None:
+    with pytest.raises(ScanLMError, match=r"unknown field 'chunksize' .*'chunk_size'\?"):
+        ScanLMConfig.preset("tiny", chunksize=8)
+    config = ScanLMConfig.preset("tiny", hidden_size=128, dtype="bfloat16", architectures=["X"])
+    assert config.n_embd == 128
+    assert ScanLMConfig.preset("tiny", attn_implementation="sdpa")._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "name", ["t1_causal", "leaf_norm", "prefix_embedding", "use_cache", "tie_word_embeddings"]
+)
+def test_switches_are_true_or_false(name: str) -> None:
+    for value in ("nope", "no", "", None, 2):
+        with pytest.raises(ScanLMError, match=rf"{name} must be true or false, got {value!r}"):
+            ScanLMConfig(**{name: value})
+    for value in (True, False, 0, 1):
+        assert getattr(ScanLMConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("names", "expected", "wrong", "right"),
+    [
+        (
+            ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+            r"a probability in \[0, 1\)",
+            (-0.1, 1, 1.5, math.nan, "0.1", True, None),
+            (0, 0.0, 0.99),
+        ),
+        (
+            ("layer_norm_epsilon",),
+            "a number > 0",
+            (0, -1, math.nan, math.inf, "1e-5", None),
+            (1e-6, 1),
+        ),
+        (("initializer_range",), "a number >= 0", (-1, math.nan, math.inf, "a", None), (0, 0.02)),
+        (("n_inner",), "an integer >= 1, or None for 4", (0, -4, 2.0, "8", True), (None, 1)),
+    ],
+)
+def test_numbers_in_range(names: Any, expected: str, wrong: Any, right: Any) -> None:
+    for name in names:
+        for value in wrong:
+            with pytest.raises(ScanLMError, match=f"{name} must be {expected}.*, got {value!r}"):
+                ScanLMConfig(**{name: value})
+        for value in right:
+            assert getattr(ScanLMConfig(**{name: value}), name) == value
+
+
+def test_an_unknown_activation_offers_the_nearest() -> None:
+    with pytest.raises(ScanLMError, match=r"unknown activation_function 'gelu_nww'.*'gelu_new'"):
+        ScanLMConfig(activation_function="gelu_nww")
+    with pytest.raises(ScanLMError, match=r"unknown activation_function None\..*"):
+        ScanLMConfig(activation_function=None)

@@ -7,7 +7,7 @@ through ``scanlm.recurrence`` instead; decoding, and reading into a cache, are t
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -55,9 +55,19 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask.unsqueeze(-1).to(x.dtype)
 
 
+def _has_kernels() -> bool:
+    """Whether transformers finds a kernel in ``mamba_ssm``, which may be there and not work."""
+    try:
+        module = import_module("mamba_ssm.ops.triton.ssd_combined")
+        return hasattr(module, "mamba_chunk_scan_combined")
+    # built for another torch or CUDA it raises whatever its extensions do
+    except Exception:
+        return False
+
+
 def use_matrix_form(model: Any) -> None:
     """Give a ``Mamba2ForCausalLM`` mixers in matrix form, unless ``mamba_ssm`` has its kernels."""
-    if find_spec("mamba_ssm") is None:
+    if not _has_kernels():
         for block in model.backbone.layers:
             # the parameters, and what transformers' versions put beside them, stay as they are
             block.mixer.__class__ = MatrixFormMixer

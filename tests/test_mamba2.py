@@ -1,11 +1,14 @@
 """Mamba2's mixer in matrix form, against transformers' own."""
 
+import importlib
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import Mamba2Config, Mamba2ForCausalLM
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from scanlm.baselines import build_model
 from scanlm.checkpoints import load_checkpoint
@@ -70,3 +73,28 @@ def test_built_and_loaded_models_have_it(tmp_path: Any) -> None:
     for model in (built, loaded):
         mixers = [block.mixer for block in model.backbone.layers]
         assert all(type(mixer) is MatrixFormMixer for mixer in mixers)
+
+
+def test_kernels_that_cannot_be_imported_are_none(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a build of ``mamba_ssm`` for another torch, which a search for the package finds."""
+    folder = tmp_path / "mamba_ssm" / "ops" / "triton"
+    folder.mkdir(parents=True)
+    for package in (folder, *folder.parents[:2]):
+        (package / "__init__.py").touch()
+    kernel = folder / "ssd_combined.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    for text, kind in (
+        ("raise OSError('undefined symbol')", MatrixFormMixer),
+        ("", MatrixFormMixer),
+        ("def mamba_chunk_scan_combined(): ...", Mamba2Mixer),
+    ):
+        kernel.write_text(text)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "mamba_ssm"]:
+            monkeypatch.delitem(sys.modules, name)
+        importlib.invalidate_caches()
+        _, model = pair(num_hidden_layers=1)
+        assert type(model.backbone.layers[0].mixer) is kind, text
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mamba_ssm"]:
+        del sys.modules[name]

@@ -191,8 +191,8 @@ class ScanCache:
             batch_size: the number of sequences that will be continued, to refuse others here.
 
         Raises:
-            ScanLMError: no such file, not a saved cache, or the state of another model, dtype or
-                batch size.
+            ScanLMError: no such file, not a saved cache, something else than a scan model, or the
+                state of another model, dtype or batch size.
         """
         tensors, about = _read(path, FILE_FORMAT, model, batch_size)
         return cls._of(model, tensors, int(about["length"]), int(about["num_chunks"]))
@@ -297,6 +297,10 @@ def _read(
     """Tensors, on the model's device, and facts of a state that this model made."""
     from safetensors import SafetensorError, safe_open
 
+    if not isinstance(model, nn.Module) or not hasattr(model, "aggregate"):
+        raise ScanLMError(
+            f"cannot load a cache for {model!r:.80}: expected the ScanLMForCausalLM that made it"
+        )
     if not Path(path).is_file():
         raise ScanLMError(f"no saved cache at {path}: no such file")
     try:

@@ -169,6 +169,10 @@ def test_files_that_are_no_cache_are_refused(
     model = make_model()
     with pytest.raises(ScanLMError, match="no such file"):
         ScanCache.load(tmp_path / "missing", model)
+    for wrong in ("x", None, torch.nn.Linear(1, 1)):
+        for kind in (ScanCache, RaggedScanCache):
+            with pytest.raises(ScanLMError, match="expected the ScanLMForCausalLM that made it"):
+                kind.load(tmp_path / "missing", wrong)
     (tmp_path / "text").write_text("hello")
     with pytest.raises(ScanLMError, match="no safetensors file, or is damaged"):
         ScanCache.load(tmp_path / "text", model)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.generation.utils import GenerationMixin
 
 from scanlm.errors import ScanLMError
+
+NO_SKIPPING = (
+    "attention_mask must have its zeros at the left of a row: a recurrent state cannot skip tokens"
+)
+
+
+def readable(x: Tensor) -> bool:
+    """Whether looking at values costs no wait for a GPU and breaks no compiled graph."""
+    return x.is_cpu and not torch.compiler.is_compiling()
 
 
 def check_tokens(input_ids: Tensor, vocab_size: int) -> None:
@@ -32,6 +43,83 @@ def check_tokens(input_ids: Tensor, vocab_size: int) -> None:
     )
 
 
+def check_mask(mask: Tensor) -> None:
+    """Refuse a mask of values other than 0 and 1.
+
+    Args:
+        mask: ``(b, t)``; on a GPU the host waits for it here.
+
+    Raises:
+        ScanLMError: names the first wrong value and where it is.
+    """
+    wrong = (mask != 0) & (mask != 1)
+    if not bool(wrong.any()):
+        return
+    where = wrong.nonzero()[0].tolist()
+    raise ScanLMError(
+        f"attention_mask{where} is {mask[tuple(where)].item()}: expected 0 and 1, 0 at padding"
+    )
+
+
+def check_mask_shape(mask: Tensor, input_ids: Tensor) -> None:
+    """Refuse a mask that is not of the input's shape, and on the CPU other values than 0 and 1.
+
+    Raises:
+        ScanLMError: the shapes, or the first wrong value.
+    """
+    if mask.shape != input_ids.shape:
+        raise ScanLMError(
+            f"attention_mask must be (batch, tokens) = {tuple(input_ids.shape)} like input_ids, "
+            f"got {tuple(mask.shape)}"
+        )
+    if readable(mask):
+        check_mask(mask)
+
+
+def check_continuation(mask: Tensor | None, input_ids: Tensor) -> None:
+    """Refuse, on the CPU, padding among the tokens that a state goes on with.
+
+    Args:
+        mask: ``(b, past + t)``, of which the last t columns count; ``None``: no padding.
+        input_ids: ``(b, t)``.
+
+    Raises:
+        ScanLMError: a value other than 1 at a new token.
+    """
+    if mask is None or mask.dim() != 2 or not readable(mask):
+        return
+    new = mask[:, -input_ids.shape[1] :]
+    if not bool((new == 1).all()):
+        check_mask(mask)
+        raise ScanLMError(NO_SKIPPING)
+
+
+def check_new_tokens(max_new_tokens: Any) -> None:
+    """Refuse a limit that is no number of tokens.
+
+    Raises:
+        ScanLMError: neither an integer >= 1 nor ``None``.
+    """
+    if max_new_tokens is None:
+        return
+    count = isinstance(max_new_tokens, Integral) and not isinstance(max_new_tokens, bool)
+    if not count or max_new_tokens < 1:
+        raise ScanLMError(f"max_new_tokens={max_new_tokens!r}: expected an integer >= 1, or None")
+
+
+def check_logits_to_keep(logits_to_keep: Any) -> None:
+    """Refuse a negative number of positions, which would leave out the first ones.
+
+    Raises:
+        ScanLMError: the number is negative.
+    """
+    if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+        raise ScanLMError(
+            f"logits_to_keep={logits_to_keep}: expected how many of the last positions to keep "
+            "(0: all), or their indices in a tensor"
+        )
+
+
 class StateGenerationMixin(GenerationMixin):
     """``generate()`` for a model that makes its own state and advances it in place."""
 
@@ -40,9 +128,18 @@ class StateGenerationMixin(GenerationMixin):
         return False  # the model makes its own
 
     def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        """The prompt, checked: ``generate()`` asks for it once, before it computes anything."""
+        """The prompt, checked: ``generate()`` asks for it once, before it computes anything.
+
+        Raises:
+            ScanLMError: a token outside the vocabulary, or a mask with zeros after ones.
+        """
         prompt, name, others = super()._prepare_model_inputs(*args, **kwargs)  # type: ignore[misc]
         check_tokens(prompt, self.config.vocab_size)  # type: ignore[attr-defined]
+        mask = others.get("attention_mask")
+        if mask is not None and mask.dim() == 2:  # forward refuses others
+            check_mask(mask)
+            if bool((mask[:, 1:] < mask[:, :-1]).any()):
+                raise ScanLMError(NO_SKIPPING)
         return prompt, name, others
 
     def prepare_inputs_for_generation(  # type: ignore[override]

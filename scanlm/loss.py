@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scanlm import kernels
+from scanlm.errors import ScanLMError
+from scanlm.generation import readable
 
 if kernels.available:
     from scanlm.kernels import cross_entropy
@@ -103,12 +105,13 @@ def linear_cross_entropy(
     Args:
         hidden: ``(n, d)``; under autocast it is used in the autocast precision.
         weight: ``(v, d)``.
-        targets: ``(n,)``, ``-100`` where nothing is scored.
+        targets: ``(n,)``, ``-100`` where nothing is scored, else below v, which is not checked.
         num_items: divisor of the sum; by default the number of scored targets.
         rows: tokens a slice; by default as many as make ``LOGITS_PER_SLICE`` logits.
 
     Returns:
-        A scalar in float32 (float64 for float64 inputs).
+        A scalar in float32 (float64 for float64 inputs). NaN, as in transformers, if nothing is
+        scored and ``num_items`` is not given.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -119,6 +122,48 @@ def linear_cross_entropy(
         if num_items is None:
             num_items = (targets != IGNORE).sum()
         return total / num_items
+
+
+def next_tokens(
+    input_ids: Tensor, labels: Tensor | None, shift_labels: Tensor | None, vocab_size: int
+) -> Tensor | None:
+    """What each position is scored against, ``(b, t)``; ``None`` without labels.
+
+    Args:
+        input_ids: ``(b, t)``.
+        labels: ``(b, t)``; position i is scored against entry i + 1.
+        shift_labels: ``(b, t)``, already shifted; takes precedence.
+        vocab_size: entries of the vocabulary.
+
+    Raises:
+        ScanLMError: labels of another shape than ``input_ids``, or (looked for on the CPU only, as
+            at input tokens) outside the vocabulary and not -100.
+    """
+    if shift_labels is not None:
+        _check_labels("shift_labels", shift_labels, input_ids, vocab_size)
+        return shift_labels
+    if labels is None:
+        return None
+    _check_labels("labels", labels, input_ids, vocab_size)
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
+def _check_labels(name: str, labels: Tensor, input_ids: Tensor, vocab_size: int) -> None:
+    if labels.shape != input_ids.shape:
+        raise ScanLMError(
+            f"{name} must be (batch, tokens) = {tuple(input_ids.shape)} like input_ids, got "
+            f"{tuple(labels.shape)}"
+        )
+    # on a GPU every step would wait for the answer
+    if not readable(labels):
+        return
+    wrong = ((labels < 0) | (labels >= vocab_size)) & (labels != IGNORE)
+    if bool(wrong.any()):
+        where = wrong.nonzero()[0].tolist()
+        raise ScanLMError(
+            f"label {labels[tuple(where)].item()} is not in the vocabulary of {vocab_size} (0 to "
+            f"{vocab_size - 1}), at {name}{where}: use {IGNORE} where nothing is scored"
+        )
 
 
 def loss_only(model: Any) -> dict[str, bool]:

@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -32,9 +31,18 @@ from transformers.utils.generic import can_return_tuple
 from scanlm.cache import RaggedScanCache, ScanCache
 from scanlm.config import ScanLMConfig
 from scanlm.errors import ScanLMError
-from scanlm.generation import StateGenerationMixin, check_tokens
+from scanlm.generation import (
+    NO_SKIPPING,
+    StateGenerationMixin,
+    check_continuation,
+    check_logits_to_keep,
+    check_mask_shape,
+    check_new_tokens,
+    check_tokens,
+    readable,
+)
 from scanlm.gpt2 import PrefixEmbedding, Stack, init_weights
-from scanlm.loss import IGNORE, linear_cross_entropy
+from scanlm.loss import linear_cross_entropy, next_tokens
 from scanlm.scan import lowest_bit, scan_tree, sequential_scan
 
 __all__ = ["ScanLMConfig", "ScanLMForCausalLM"]
@@ -106,8 +114,10 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
             asked for.
 
         Raises:
-            ScanLMError: a GPT-2 whose attention scores are scaled in another way.
+            ScanLMError: a GPT-2 whose attention scores are scaled in another way; an override
+                that is no field, or out of range.
         """
+        ScanLMConfig.check_names(overrides)
         if isinstance(gpt2, str):
             from transformers import GPT2LMHeadModel
 
@@ -336,7 +346,8 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         """
         from scanlm.decoder import stream
 
-        return stream(
+        check_new_tokens(max_new_tokens)
+        tokens = stream(
             self,
             input_ids,
             attention_mask,
@@ -346,6 +357,9 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
             top_k,
             top_p,
         )
+        # nothing is computed before the first token is asked for
+        self._check_mask(input_ids, attention_mask, past_key_values, cached=True)
+        return tokens
 
     @can_return_tuple
     def forward(
@@ -365,12 +379,13 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         Args:
             input_ids: ``(b, t)`` with any t >= 1; the tokens after those in ``past_key_values``.
             attention_mask: ``(b, past + t)``, zeros for padding. Padding at the left starts a
-                sequence later; padding at the right needs no mask, since no past token sees it.
-                With a cache that has seen tokens it is ignored: the cache knows.
+                sequence later; padding at the right needs no mask, since no past token sees it,
+                and is refused where a state is kept, which would go on after it. With a cache that
+                has seen tokens the mask of those is ignored: the cache knows.
             past_key_values: state to continue from; it is advanced in place. Feeding a sequence
                 in pieces of any sizes gives the logits of feeding it at once.
             labels: ``(b, t)``; position i is scored against ``labels[:, i + 1]``, -100 is not
-                scored.
+                scored. If nothing is scored the loss is NaN, as in transformers.
             shift_labels: ``(b, t)``, already shifted: position i is scored against entry i. Takes
                 precedence over ``labels``.
             use_cache: return a state; by default only if one was passed.
@@ -380,21 +395,22 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
             kwargs: ``num_items_in_batch`` divides the summed loss (gradient accumulation).
 
         Raises:
-            ScanLMError: empty input, a token outside the vocabulary (on a GPU, where looking at
-                tokens would make every step wait, only ``generate`` and ``stream`` check), a
-                sequence beyond ``n_positions``, a mask with holes or a cache that does not fit.
+            ScanLMError: empty input, a token or label outside the vocabulary (on a GPU, where
+                looking at tokens would make every step wait, only ``generate`` and ``stream``
+                check their prompts), labels of another shape, a sequence beyond ``n_positions``, a
+                mask with holes or (on the CPU) values other than 0 and 1, a cache that does not
+                fit, a negative ``logits_to_keep``.
         """
         cache = past_key_values
         self._check_input(input_ids, cache)
+        check_logits_to_keep(logits_to_keep)
         if use_cache and cache is None:
             cache = self.new_cache()
         t = input_ids.shape[1]
-        targets = _next_tokens(labels, shift_labels)
+        targets = next_tokens(input_ids, labels, shift_labels, self.config.vocab_size)
         wanted = logits_to_keep if isinstance(logits_to_keep, int) else 0
         asked = t if targets is not None else min(wanted or t, t)
-        lengths = None
-        if cache is None or (isinstance(cache, ScanCache) and cache.length == 0):
-            lengths = self._left_padded_lengths(input_ids, attention_mask)
+        lengths = self._check_mask(input_ids, attention_mask, cache, cache is not None)
         if lengths is not None:
             hidden, cache = self._ragged(input_ids, lengths)
         else:
@@ -429,7 +445,7 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         self._check_length(past + input_ids.shape[1])
         # On a GPU the check would stall every training and decoding step: generate() and stream()
         # check their prompts once.
-        if input_ids.is_cpu and not torch.compiler.is_compiling():
+        if readable(input_ids):
             check_tokens(input_ids, self.config.vocab_size)
 
     def _check_length(self, length: int) -> None:
@@ -440,21 +456,39 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
                 'build the model with position_embedding="chunk", which has no limit'
             )
 
+    def _check_mask(
+        self, input_ids: Tensor, mask: Tensor | None, cache: AnyCache | None, cached: bool
+    ) -> Tensor | None:
+        """``_left_padded_lengths`` of sequences that begin; those that go on are not padded.
+
+        Args:
+            cached: whether a state is kept, in ``cache`` or in a new one.
+        """
+        if cache is None or (isinstance(cache, ScanCache) and cache.length == 0):
+            return self._left_padded_lengths(input_ids, mask, cached)
+        if cache.get_seq_length():
+            check_continuation(mask, input_ids)
+        return None
+
     @staticmethod
-    def _left_padded_lengths(input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Each row's number of tokens ``(b,)`` if any row is padded at the left."""
+    def _left_padded_lengths(
+        input_ids: Tensor, mask: Tensor | None, cached: bool = False
+    ) -> Tensor | None:
+        """Each row's number of tokens ``(b,)`` if any row is padded at the left.
+
+        Args:
+            cached: whether a state is kept: it would go on after padding at the right.
+        """
         if mask is None:
             return None
-        if mask.shape != input_ids.shape:
-            raise ScanLMError(
-                f"attention_mask must be (batch, tokens) = {tuple(input_ids.shape)} like "
-                f"input_ids, got {tuple(mask.shape)}"
-            )
+        check_mask_shape(mask, input_ids)
         lengths = mask.sum(1).long()
         if bool((lengths == 0).any()):
             raise ScanLMError("attention_mask hides a whole row: every row needs at least a token")
         falls = (mask[:, 1:] < mask[:, :-1]).any()
         rises = (mask[:, 1:] > mask[:, :-1]).any()
+        if cached and bool(falls):
+            raise ScanLMError(NO_SKIPPING)
         if not bool(rises):
             return None
         if bool(falls):
@@ -469,13 +503,6 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
     def _validate_generated_length(self, generation_config: Any, *args: Any) -> None:
         super()._validate_generated_length(generation_config, *args)  # type: ignore[misc]
         self._check_length(generation_config.max_length)
-
-
-def _next_tokens(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | None:
-    """What each position is scored against, ``(b, t)``."""
-    if shift_labels is not None or labels is None:
-        return shift_labels
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
 AutoModelForCausalLM.register(ScanLMConfig, ScanLMForCausalLM, exist_ok=True)

@@ -25,8 +25,14 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from scanlm.errors import ScanLMError
-from scanlm.generation import StateGenerationMixin
-from scanlm.loss import IGNORE, linear_cross_entropy
+from scanlm.generation import (
+    NO_SKIPPING,
+    StateGenerationMixin,
+    check_continuation,
+    check_logits_to_keep,
+    check_mask_shape,
+)
+from scanlm.loss import linear_cross_entropy, next_tokens
 
 INSTALL = "pip install 'scanlm[gpu]'"
 
@@ -188,7 +194,16 @@ class ShortConvolution(nn.Conv1d):
 
 
 def add_convolutions(mixer: Any, width: int) -> None:
-    """Short convolutions behind a mixer's three projections."""
+    """Short convolutions behind a mixer's three projections.
+
+    Raises:
+        ScanLMError: a width below 1.
+    """
+    if width < 1:
+        raise ScanLMError(
+            f"conv_size={width}: short convolutions need a width >= 1; use_short_conv=false leaves "
+            "them out"
+        )
     for name in "qkv":
         features = getattr(mixer, f"{name}_proj").out_features
         setattr(mixer, f"{name}_conv1d", ShortConvolution(features, width))
@@ -342,20 +357,16 @@ class RecurrentModel(RecurrentPreTrainedModel):
     @staticmethod
     def _padding(ids: Tensor, mask: Tensor | None, cache: RecurrentCache | None) -> Tensor | None:
         """``(b, t, 1)``, 0 at padding; ``None`` if a sequence has none."""
-        if mask is None or (cache is not None and cache.length):
+        if cache is not None and cache.length:
+            check_continuation(mask, ids)
             return None
-        if mask.shape != ids.shape:
-            raise ScanLMError(
-                f"attention_mask must be (batch, tokens) = {tuple(ids.shape)} like input_ids, got "
-                f"{tuple(mask.shape)}"
-            )
+        if mask is None:
+            return None
+        check_mask_shape(mask, ids)
         falls = bool((mask[:, 1:] < mask[:, :-1]).any())
         rises = bool((mask[:, 1:] > mask[:, :-1]).any())
         if falls and (rises or cache is not None):
-            raise ScanLMError(
-                "attention_mask must have its zeros at the left of a row: a recurrent state cannot "
-                "skip tokens"
-            )
+            raise ScanLMError(NO_SKIPPING)
         return mask.unsqueeze(-1) if rises else None
 
 
@@ -368,6 +379,7 @@ def register(config_class: Any, model_class: Any) -> None:
 class LossAndLogits:
     """``forward`` over ``self.model`` and ``self.lm_head``, the same for plain and fused models."""
 
+    config: Any
     model: Any
     lm_head: Any
 
@@ -391,7 +403,7 @@ class LossAndLogits:
             attention_mask: ``(b, t)``, zeros for padding at the left; the right needs no mask.
             past_key_values: state to continue from.
             labels: ``(b, t)``; position i is scored against ``labels[:, i + 1]``, -100 is not
-                scored.
+                scored. If nothing is scored the loss is NaN, as in transformers.
             shift_labels: ``(b, t)``, already shifted; takes precedence over ``labels``.
             use_cache: return a state; by default only if one was passed.
             logits_to_keep: only the last so many positions' logits (0: all), or their indices.
@@ -399,8 +411,12 @@ class LossAndLogits:
             kwargs: ``num_items_in_batch`` divides the summed loss (gradient accumulation).
 
         Raises:
-            ScanLMError: a mask that hides tokens between others.
+            ScanLMError: a mask that hides tokens between others; labels of another shape; on the
+                CPU labels outside the vocabulary or a mask with values other than 0 and 1; a
+                negative ``logits_to_keep``.
         """
+        check_logits_to_keep(logits_to_keep)
+        targets = next_tokens(input_ids, labels, shift_labels, self.config.vocab_size)
         keep = bool(use_cache) or past_key_values is not None
         outputs = self.model(
             input_ids=input_ids,
@@ -409,9 +425,6 @@ class LossAndLogits:
             use_cache=keep,
         )
         hidden = outputs.last_hidden_state
-        targets = shift_labels
-        if targets is None and labels is not None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
         loss, logits = None, None
         if targets is not None:
             loss = linear_cross_entropy(

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from scanlm.errors import ScanLMError
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Sampling:
             ``top_k`` (nucleus sampling, arXiv 1904.09751).
 
     Raises:
-        ScanLMError: a value out of range.
+        ScanLMError: a value of another type or out of range.
     """
 
     temperature: float = 0.0
@@ -30,14 +36,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if not 0 <= self.temperature < float("inf"):
+        if not _is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
             raise ScanLMError(
-                f"temperature={self.temperature}: expected a number >= 0, where 0 is greedy"
+                f"temperature={self.temperature!r}: expected a number >= 0, where 0 is greedy"
             )
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
-            raise ScanLMError(f"top_k={self.top_k}: expected an integer >= 1, or None for all")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ScanLMError(f"top_p={self.top_p}: expected a probability in (0, 1], or None")
+        k, p = self.top_k, self.top_p
+        if k is not None and (not _is_number(k) or not isinstance(k, int) or k < 1):
+            raise ScanLMError(f"top_k={k!r}: expected an integer >= 1, or None for all")
+        if p is not None and (not _is_number(p) or not 0 < p <= 1):
+            raise ScanLMError(f"top_p={p!r}: expected a probability in (0, 1], or None")
 
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits ``(b, k)`` of the tokens that may be drawn, the others at -inf, and their ids.

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from scanlm import ScanLMError
-from scanlm.generation import check_tokens
+from scanlm.generation import check_continuation, check_mask_shape, check_tokens
 from scanlm.gla import GLAConfig, GLAForCausalLM
+from scanlm.loss import next_tokens
 
 Make = Callable[..., Any]
 PAD = 0
@@ -174,3 +175,51 @@ def test_the_first_wrong_token_is_named() -> None:
     check_tokens(torch.zeros(1, 0, dtype=torch.long), 29)
     with pytest.raises(ScanLMError, match=r"token id 30 .*input_ids\[0, 1\]"):
         check_tokens(torch.tensor([[0, 30], [-5, 29]]), 29)
+
+
+def test_a_prompt_padded_at_the_right_is_not_continued(make_model: Make, make_ids: Make) -> None:
+    shape = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 1, "vocab_size": 29}
+    ids = make_ids(2, 6)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    scan = make_model()
+    for model in (scan, GLAForCausalLM(GLAConfig(**shape)).eval()):
+        for use_cache in (True, False):
+            with pytest.raises(ScanLMError, match="zeros at the left of a row"):
+                model.generate(ids, attention_mask=mask, max_new_tokens=1, use_cache=use_cache)
+        with pytest.raises(ScanLMError, match=r"attention_mask\[0, 0\] is 2: expected 0 and 1"):
+            model.generate(ids, attention_mask=2 * torch.ones_like(ids), max_new_tokens=1)
+    state = scan(ids, use_cache=True).past_key_values
+    after = torch.cat([torch.ones_like(ids), mask], dim=1)
+    for past in ({}, {"past_key_values": scan.new_cache()}):
+        with pytest.raises(ScanLMError, match="zeros at the left of a row"):
+            scan.stream(ids, attention_mask=mask, **past)
+    with pytest.raises(ScanLMError, match="zeros at the left of a row"):
+        scan.stream(ids, attention_mask=after, past_key_values=state)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5: expected an integer >= 1"),
+        ({"max_new_tokens": True}, "max_new_tokens=True: expected an integer >= 1"),
+        ({"max_new_tokens": "3"}, "max_new_tokens='3': expected an integer >= 1"),
+        ({"temperature": "a"}, "temperature='a': expected a number >= 0"),
+        ({"temperature": None}, "temperature=None: expected a number >= 0"),
+        ({"top_k": True}, "top_k=True: expected an integer >= 1"),
+        ({"top_p": "a"}, "top_p='a': expected a probability"),
+    ],
+)
+def test_options_of_another_type_are_refused_before_the_prompt_is_read(
+    make_model: Make, make_ids: Make, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ScanLMError, match=message):
+        make_model().stream(make_ids(1, 3), **options)
+
+
+def test_values_off_the_cpu_are_not_read() -> None:
+    """It would wait for the GPU; tensors on "meta" have no values to read."""
+    ids = torch.zeros(2, 5, dtype=torch.long, device="meta")
+    check_mask_shape(ids, ids)
+    check_continuation(ids, ids)
+    assert next_tokens(ids, ids, None, 29).shape == (2, 5)

@@ -408,3 +408,22 @@ def test_masks_that_hide_tokens_between_others(ids: Tensor) -> None:
         build("gla")(ids, attention_mask=mask)
     with pytest.raises(ScanLMError, match=r"must be \(batch, tokens\)"):
         build("gla")(ids, attention_mask=mask[:, :9])
+
+
+def test_what_forward_refuses(ids: Tensor) -> None:
+    model, mask = build("gla"), torch.ones_like(ids)
+    vocab = model.config.vocab_size
+    with pytest.raises(ScanLMError, match=r"attention_mask\[0, 0\] is 2: expected 0 and 1"):
+        model(ids, attention_mask=2 * mask)
+    with pytest.raises(ScanLMError, match=rf"label {vocab} is not in the vocabulary of {vocab}"):
+        model(ids, labels=torch.full_like(ids, vocab))
+    with pytest.raises(ScanLMError, match=r"labels must be \(batch, tokens\)"):
+        model(ids, labels=ids[:, 1:])
+    with pytest.raises(ScanLMError, match="logits_to_keep=-1"):
+        model(ids, logits_to_keep=-1)
+    cache = model(ids, use_cache=True).past_key_values
+    length, mask = cache.length, torch.cat([mask, mask], dim=1)
+    mask[0, -1] = 0
+    with pytest.raises(ScanLMError, match="zeros at the left"):
+        model(ids, attention_mask=mask, past_key_values=cache)
+    assert cache.length == length

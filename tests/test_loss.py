@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scanlm.loss import linear_cross_entropy
+from scanlm import ScanLMError
+from scanlm.loss import linear_cross_entropy, next_tokens
 
 
 def case(n=37, d=8, v=101, dtype=torch.float64, ignore=True):
@@ -70,3 +71,26 @@ def test_compiles_into_one_graph():
     plain = F.cross_entropy(hidden @ weight.T, targets)
     for a, b in zip(got, torch.autograd.grad(plain, (hidden, weight)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_the_mean_of_nothing_is_nan_as_in_transformers():
+    hidden, weight, targets = case()
+    nothing = torch.full_like(targets, -100)
+    assert F.cross_entropy(hidden @ weight.T, nothing).isnan()
+    assert linear_cross_entropy(hidden, weight, nothing).isnan()
+    assert linear_cross_entropy(hidden, weight, nothing, 5) == 0
+
+
+def test_labels_are_shifted_and_checked():
+    ids = torch.tensor([[3, 0, 28], [1, -100, 5]])
+    expected = torch.tensor([[0, 28, -100], [-100, 5, -100]])
+    assert torch.equal(next_tokens(ids, ids, None, 29), expected)
+    assert next_tokens(ids, None, ids, 29) is ids
+    assert next_tokens(ids, None, None, 29) is None
+    for name, given in (("labels", (ids, None)), ("shift_labels", (None, ids))):
+        with pytest.raises(ScanLMError, match=rf"label 28 is not .* of 28 .*{name}\[0, 2\]"):
+            next_tokens(ids, *given, 28)
+        with pytest.raises(ScanLMError, match=rf"{name} must be .* \(2, 2\) .*got \(2, 3\)"):
+            next_tokens(ids[:, :2], *given, 29)
+    with pytest.raises(ScanLMError, match=r"label -1 .*use -100 where nothing is scored"):
+        next_tokens(ids, torch.full_like(ids, -1), None, 29)

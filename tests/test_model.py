@@ -615,6 +615,58 @@ def test_a_mask_with_holes_is_refused(
         make_model()(ids, attention_mask=torch.tensor(mask))
 
 
+def test_a_state_is_not_continued_from_padding(make_model: Make, make_ids: Make) -> None:
+    model, ids = make_model(), make_ids(2, 6)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    message = "zeros at the left of a row: a recurrent state cannot skip tokens"
+    for how in ({"use_cache": True}, {"past_key_values": model.new_cache()}):
+        with pytest.raises(ScanLMError, match=message):
+            model(ids, attention_mask=mask, **how)
+    cache = model(ids, use_cache=True).past_key_values
+    whole = torch.cat([torch.ones_like(ids), mask], dim=1)
+    with pytest.raises(ScanLMError, match=message):
+        model(ids, attention_mask=whole, past_key_values=cache)
+    assert cache.length == 6
+    model(ids, attention_mask=mask)  # no state, and no token sees the padding
+
+
+@pytest.mark.parametrize(("values", "wrong"), [((0, 2), "2"), ((-1e9, 0.0), "-1000000000.0")])
+def test_a_mask_of_other_values_than_0_and_1_is_refused(
+    make_model: Make, make_ids: Make, values: tuple[float, float], wrong: str
+) -> None:
+    model, ids = make_model(), make_ids(2, 5)
+    padding, token = values
+    mask = torch.tensor([[padding] * 2 + [token] * 3, [token] * 5])
+    with pytest.raises(ScanLMError, match=rf"attention_mask\[0, \d\] is {wrong}: expected 0 and 1"):
+        model(ids, attention_mask=mask)
+    kept = torch.tensor([[False] * 2 + [True] * 3, [True] * 5])
+    logits = model(ids, attention_mask=kept).logits
+    torch.testing.assert_close(logits, model(ids, attention_mask=kept.long()).logits)
+
+
+def test_labels_that_do_not_fit_are_refused(make_model: Make, make_ids: Make) -> None:
+    model, ids = make_model(), make_ids(2, 5)
+    labels = ids.clone()
+    labels[1, 2] = 29
+    for name in ("labels", "shift_labels"):
+        with pytest.raises(ScanLMError, match=rf"label 29 is not .* of 29 .*{name}\[1, 2\]"):
+            model(ids, **{name: labels})
+        with pytest.raises(ScanLMError, match=rf"{name} must be .*\(2, 5\) .*got \(2, 4\)"):
+            model(ids, **{name: ids[:, :4]})
+
+
+def test_a_negative_number_of_logits_is_refused(make_model: Make, make_ids: Make) -> None:
+    with pytest.raises(ScanLMError, match=r"logits_to_keep=-2: expected how many of the last"):
+        make_model()(make_ids(1, 5), logits_to_keep=-2)
+
+
+def test_from_gpt2_refuses_fields_that_are_none() -> None:
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=29, n_embd=16, n_head=2, n_layer=1))
+    with pytest.raises(ScanLMError, match=r"unknown field 't1_layer' .*'t1_layers'"):
+        ScanLMForCausalLM.from_gpt2(gpt2, t1_layer=2)
+
+
 @pytest.mark.parametrize("mask", [[[0, 0, 0]], [[1, 1, 1], [0, 0, 0]]])
 def test_a_fully_masked_row_is_refused(
     make_model: Make, make_ids: Make, mask: list[list[int]]

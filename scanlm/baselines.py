@@ -132,10 +132,14 @@ def build_model(
         # layers check their sizes in ways of their own
         except (TypeError, ValueError) as error:
             raise ScanLMError(f"model {entry.id!r} cannot be built: {_last_line(error)}") from error
+        except KeyError as error:  # a name that a table of the family lacks, as of activations
+            raise ScanLMError(
+                f"model {entry.id!r} cannot be built of {fields}: unknown name {error}"
+            ) from error
         except torch.OutOfMemoryError:
             raise
         # of sizes below one, which not every layer checks; such an error names no field
-        except (ArithmeticError, RuntimeError) as error:
+        except (ArithmeticError, LookupError, RuntimeError) as error:
             raise ScanLMError(
                 f"model {entry.id!r} cannot be built of {fields}: {_last_line(error)}"
             ) from error
@@ -305,6 +309,14 @@ def _mamba2(fields: dict[str, Any], device: torch.device | None) -> PreTrainedMo
 
     no_kernel_advice()
     config = make_config(Mamba2Config, fields)
+    for name in ("num_heads", "n_groups", "state_size"):
+        if getattr(config, name) < 1:
+            raise ScanLMError(f"{name} must be an integer >= 1, got {getattr(config, name)!r}")
+    if config.num_heads % config.n_groups:
+        raise ScanLMError(
+            f"num_heads={config.num_heads} is not divisible by n_groups={config.n_groups}: every "
+            "group serves equally many heads; change one of the two"
+        )
     # done here and not by transformers, which would rescale loaded weights again
     rescale, config.rescale_prenorm_residual = config.rescale_prenorm_residual, False
     model: Any = Mamba2ForCausalLM(config)

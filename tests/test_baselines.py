@@ -298,6 +298,14 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
         ("gla_tiny", {"num_heads": 0}, r"cannot be built of .*'num_heads': 0.*: .*by zero"),
         ("mamba2_tiny", {"num_heads": 5}, r"Mamba2Config: .*hidden_size \* expand"),
         ("scanlm_tiny", {"chunk_size": 0}, r"chunk_size must be an integer >= 1"),
+        ("scanlm_tiny", {"activation_function": "nope"}, r"unknown activation_function 'nope'"),
+        ("gpt2_tiny", {"activation_function": "nope"}, r"'gpt2_tiny' cannot .*unknown name 'nope'"),
+        ("mamba2_tiny", {"hidden_act": "nope"}, r"'mamba2_tiny' cannot .*unknown name 'nope'"),
+        ("mamba2_tiny", {"n_groups": 5}, r"num_heads=\d+ is not divisible by n_groups=5"),
+        ("mamba2_tiny", {"n_groups": 0}, r"n_groups must be an integer >= 1, got 0"),
+        ("mamba2_tiny", {"state_size": 0}, r"state_size must be an integer >= 1, got 0"),
+        ("gla_tiny", {"use_short_conv": True, "conv_size": 0}, r"conv_size=0: .*a width >= 1"),
+        ("gated_deltanet_tiny", {"conv_size": -1}, r"conv_size=-1: .*use_short_conv=false"),
     ],
 )
 def test_wrong_fields(model: str, overrides: dict[str, Any], message: str) -> None:

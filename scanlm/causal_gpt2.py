@@ -11,14 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-from scanlm.loss import IGNORE, linear_cross_entropy
+from scanlm.loss import linear_cross_entropy, next_tokens
 
 ATTENTION = "sdpa_causal"
 
@@ -109,9 +108,8 @@ class CausalGPT2LMHeadModel(GPT2LMHeadModel):
             )
         inputs["use_cache"] = False  # a loss is of whole sequences
         hidden = self.transformer(input_ids, **inputs).last_hidden_state
-        targets = shift_labels
-        if targets is None and labels is not None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        of = hidden[..., 0] if input_ids is None else input_ids  # only the shape counts
+        targets = next_tokens(of, labels, shift_labels, self.config.vocab_size)
         assert targets is not None, "return_logits=False computes the loss: give labels"
         loss = linear_cross_entropy(
             hidden.flatten(0, 1),

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from scanlm import causal_gpt2
 from scanlm.causal_gpt2 import CausalGPT2LMHeadModel
+from scanlm.errors import ScanLMError
 
 VOCAB = 83
 
@@ -48,6 +49,15 @@ def test_loss_and_gradients() -> None:
     for return_logits in (True, False):
         loss = ours(ids(), shift_labels=shifted, return_logits=return_logits).loss
         torch.testing.assert_close(loss, expected, check_dtype=False, rtol=1e-6, atol=0)
+
+
+def test_wrong_labels_are_refused_before_the_loss() -> None:
+    ours, _ = pair()
+    with pytest.raises(ScanLMError, match=r"labels must be \(batch, tokens\)"):
+        ours(ids(), labels=ids()[:, 1:], return_logits=False)
+    wrong = ids().index_fill(1, torch.tensor([2]), ours.config.vocab_size)
+    with pytest.raises(ScanLMError, match="labels"):
+        ours(ids(), labels=wrong, return_logits=False)
 
 
 def test_padding_and_decoding() -> None:

@@ -113,7 +113,9 @@ def _locally(runner: LocalSweep) -> None:
 def _side_by_side(runs: Sequence[SweepRun], **options: Any) -> None:
     from scanlm.cli import tables
 
-    settings = [run.settings for run in runs if run.settings and run.state().name != "finished"]
+    # of finished ones train_many says whether the weights that are asked for were kept
+    every = options["save_weights"] != "none"
+    settings = [r.settings for r in runs if r.settings and (every or r.state().name != "finished")]
     try:
         side_by_side(settings, **options)
     finally:

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -70,22 +70,7 @@ SAVE_WEIGHTS = ("none", "bf16", "fp32")
 NOT_TRAINING = ("compile", "eval_")
 
 
-class Record(Protocol):
-    """What is used of ``scanlm.records.Run``."""
-
-    folder: Path
-
-    @property
-    def status(self) -> str: ...
-    @property
-    def finished(self) -> bool: ...
-    def log(self, name: str, value: float, **axes: Any) -> None: ...
-    def truncate(self, after_step: int) -> None: ...
-    def finish(self, summary: dict[str, Any], status: str = "finished") -> None: ...
-    def fail(self, status: str, message: str) -> None: ...
-
-
-def open_run(settings: StateTrackingSettings, root: str | Path = "data/runs") -> Record:
+def open_run(settings: StateTrackingSettings, root: str | Path = "data/runs") -> Run:
     """The record of these settings: the one that exists (to go on with), or a new one."""
     return Run.create(
         settings.experiment, settings.model, _parameters(settings), settings.seed, root=root
@@ -105,9 +90,7 @@ def _parameters(settings: StateTrackingSettings) -> dict[str, Any]:
 class _Trainee:
     """One run: its learner, its place in the curriculum and its record."""
 
-    def __init__(
-        self, settings: StateTrackingSettings, record: Record, device: torch.device
-    ) -> None:
+    def __init__(self, settings: StateTrackingSettings, record: Run, device: torch.device) -> None:
         self.settings, self.record = settings, record
         self.learner = Learner(settings, device)
         self.stage_index, self.stage_step = 0, 0
@@ -325,9 +308,9 @@ def train_many(
     max_steps: int | None = None,
     save_weights: str = "none",
     checkpoint_seconds: float = 240.0,
-    records: Sequence[Record] | None = None,
+    records: Sequence[Run] | None = None,
     progress: Callable[[str], None] | None = None,
-) -> list[Record]:
+) -> list[Run]:
     """Train and evaluate several runs side by side; runs that are finished already are skipped.
 
     Args:
@@ -372,14 +355,14 @@ def train_many(
     given = None if records is None else list(records)
     folders = [record_folder(s, root) for s in settings]
     _refuse_twice(folders if given is None else [record.folder for record in given])
-    opened: list[Record] = []
-    with torch.random.fork_rng(devices=[]), ExitStack() as held, _stop_recorded(opened):
+    opened: list[Run] = []
+    with torch.random.fork_rng(devices=[]), ExitStack() as held:
         for place, entry in enumerate(settings):
             record = open_run(entry, root) if given is None else given[place]
             if record.finished:
                 say(f"already finished: {record.folder}{_no_weights(record, save_weights)}")
-            elif isinstance(record, Run):
-                held.enter_context(record.only_writer())
+            else:
+                held.enter_context(record.failures_recorded())
             opened.append(record)
         with held_interrupts() as interrupted:
             trainees = [
@@ -421,7 +404,7 @@ def train_many(
     return opened
 
 
-def _no_weights(record: Record, save_weights: str) -> str:
+def _no_weights(record: Run, save_weights: str) -> str:
     """What a finished run's line adds if weights are asked for that were not kept."""
     if save_weights == "none" or (record.folder / WEIGHTS).exists():
         return ""
@@ -435,19 +418,6 @@ def _refuse_twice(folders: Sequence[Path]) -> None:
     for place, folder in enumerate(folders):
         if folder in folders[:place]:
             raise ScanLMError(f"{folder.name} is asked for twice: leave one out")
-
-
-@contextmanager
-def _stop_recorded(records: Sequence[Record]) -> Iterator[None]:
-    """What stops all runs is written into each that has not ended, and goes on."""
-    try:
-        yield
-    except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        for record in records:
-            if record.status == "running":
-                record.fail(status, str(error) or type(error).__name__)
-        raise
 
 
 def _save_all(trainees: Sequence[_Trainee]) -> None:
@@ -471,6 +441,6 @@ def _state(t: _Trainee) -> str:
     )
 
 
-def train(settings: StateTrackingSettings, **options: Any) -> Record:
+def train(settings: StateTrackingSettings, **options: Any) -> Run:
     """One run; ``options`` as of ``train_many``."""
     return train_many([settings], **options)[0]

@@ -252,6 +252,8 @@ class Run:
     def failures_recorded(self) -> Iterator[None]:
         """An error within ends the run, "interrupted" by Ctrl-C and else "failed", and goes on.
 
+        How a run has ended already, such as "diverged", stays.
+
         Raises:
             ScanLMError: another process writes this run, which is left alone.
         """
@@ -259,7 +261,7 @@ class Run:
             try:
                 yield
             except BaseException as error:
-                if not self.finished:
+                if self.status == "running":
                     stopped = isinstance(error, KeyboardInterrupt)
                     self.fail(
                         "interrupted" if stopped else "failed", str(error) or type(error).__name__

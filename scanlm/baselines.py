@@ -226,13 +226,10 @@ def make_config(kind: type[PretrainedConfig], fields: Mapping[str, Any]) -> Any:
     Raises:
         ScanLMError: an unknown field (with the nearest), or a value that the class refuses.
     """
+    from scanlm.config import check_fields
+
     defaults = kind()
-    known = {*defaults.to_dict(), *kind.attribute_map} - {"transformers_version", "model_type"}
-    for name in fields:
-        if name not in known:
-            raise ScanLMError(
-                f"unknown field {name!r} of {kind.__name__}.{nearest(str(name), known)}"
-            )
+    check_fields(defaults, fields, ())
     fields = dict(fields)
     size = fields.get("vocab_size", defaults.vocab_size)
     for name in TOKEN_IDS:

@@ -14,6 +14,7 @@ from scanlm.errors import ScanLMError, nearest
 
 TRAIN_MODES = ("blelloch", "sequential", "parallel")
 POSITION_EMBEDDINGS = ("absolute", "chunk")
+NOT_FIELDS = ("model_type", "transformers_version")  # of ``to_dict``
 NOT_SAVED = ("attn_implementation", "name_or_path", "torch_dtype")  # transformers takes them too
 
 # n_embd, t2_layers, n_head: the original's size table; medium and large are GPT-2's
@@ -25,6 +26,25 @@ PRESETS: dict[str, tuple[int, int, int]] = {
     "medium": (1024, 24, 16),
     "large": (1280, 36, 20),
 }
+
+
+def check_fields(defaults: PretrainedConfig, names: Iterable[str], others: Iterable[str]) -> None:
+    """Refuse names that are no field of a configuration, which transformers would keep unused.
+
+    Args:
+        defaults: a configuration of the class in question.
+        names: to check.
+        others: that are no fields and may be given.
+
+    Raises:
+        ScanLMError: the first such name, with the nearest field.
+    """
+    known = {*defaults.to_dict(), *defaults.attribute_map, *others}.difference(NOT_FIELDS)
+    for name in names:
+        if name not in known:
+            raise ScanLMError(
+                f"unknown field {name!r} of {type(defaults).__name__}.{nearest(name, known)}"
+            )
 
 
 class ScanLMConfig(PretrainedConfig):
@@ -94,9 +114,8 @@ class ScanLMConfig(PretrainedConfig):
             self._check_count(name)
         if self.n_inner is not None:
             self._check_count("n_inner", "an integer >= 1, or None for 4 * n_embd")
-        for name in ("t1_causal", "leaf_norm", "prefix_embedding"):
-            self._check_switch(name)
-        for name in ("use_cache", "tie_word_embeddings"):
+        switches = ("t1_causal", "leaf_norm", "prefix_embedding")
+        for name in (*switches, "use_cache", "tie_word_embeddings"):
             self._check_switch(name)
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             self._check_number(name, "a probability in [0, 1)", lambda p: 0 <= p < 1)
@@ -137,18 +156,8 @@ class ScanLMConfig(PretrainedConfig):
 
     @classmethod
     def check_names(cls, names: Iterable[str]) -> None:
-        """Refuse names that are no field, which transformers would keep without using them.
-
-        Raises:
-            ScanLMError: the first such name, with the nearest field.
-        """
-        known = {*cls().to_dict(), *cls.attribute_map, *NOT_SAVED}
-        known -= {"model_type", "transformers_version"}
-        for name in names:
-            if name not in known:
-                raise ScanLMError(
-                    f"unknown field {name!r} of {cls.__name__}.{nearest(name, known)}"
-                )
+        """``check_fields`` of this class, for which transformers' own arguments pass too."""
+        check_fields(cls(), names, NOT_SAVED)
 
     @classmethod
     def preset(cls, size: str, **overrides: Any) -> ScanLMConfig:

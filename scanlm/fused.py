@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
+from scanlm.config import NOT_FIELDS
 from scanlm.errors import ScanLMError
 from scanlm.provenance import FLA_CONFIGS
 from scanlm.recurrent_model import INSTALL, LossAndLogits, add_dropout, register
 
 # model type: our module with plain torch; both name their classes alike
 PLAIN = {"gla": "scanlm.gla", "gated_deltanet": "scanlm.gated_deltanet"}
-NOT_FIELDS = ("model_type", "transformers_version")
 PREFIX = {"gla": "GLA", "gated_deltanet": "GatedDeltaNet"}
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,7 @@ from scanlm.dcp import check_fit, convert, is_dcp, one_line
 from scanlm.errors import ScanLMError, nearest
 
 FLA_TYPES = ("gla", "gated_deltanet")
+NAMED_STEPS = ("best", "latest")  # of a run, beside the numbers
 _STEP = re.compile(r"(?:checkpoint|step)-(\d+)(?:-hf)?")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
@@ -127,7 +129,7 @@ def resolve(folder: Path, step: int | str | None = None) -> Path:
     steps = checkpoints(folder) if folder.is_dir() else {}
     single = not steps and (is_dcp(folder) or (folder / "config.json").is_file())
     if single:
-        if step in (None, "latest", "best", _step(folder)):
+        if step in (None, *NAMED_STEPS, _step(folder)):
             return folder
         raise ScanLMError(f"{folder} is a single checkpoint: step={step} cannot be chosen from it")
     if not steps:
@@ -242,14 +244,27 @@ def _check_files(folder: Path) -> None:
             "whole folder again"
         )
     for file in weights:
-        try:
+        if reason := damage(file):
+            raise ScanLMError(
+                f"{file} is truncated or damaged ({reason}): copy it again or use another "
+                "checkpoint"
+            )
+
+
+def damage(file: Path) -> str:
+    """What is wrong with a file of a checkpoint; empty if nothing is to be seen from outside."""
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        elif file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):
                 pass
-        except SafetensorError as error:
-            raise ScanLMError(
-                f"{file} is truncated or damaged ({file.stat().st_size} bytes; {error}): copy it "
-                "again or use another checkpoint"
-            ) from error
+        # what torch.save writes is a ZIP archive, whose directory stands at its end
+        elif file.suffix in (".pt", ".pth") and not is_zipfile(file):
+            return f"{file.stat().st_size} bytes"
+    except (ValueError, SafetensorError) as error:
+        return f"{file.stat().st_size} bytes; {error}"
+    return ""
 
 
 def _model_type(path: Path) -> str:

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scanlm.checkpoints import Loaded, checkpoints, load_checkpoint
+from scanlm.checkpoints import NAMED_STEPS, Loaded, checkpoints, load_checkpoint
 from scanlm.data import (
     TokenizedCorpus,
     TokenSplit,
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from scanlm.records import Run
 
 CONTEXTS = ("blocks", "sliding", "streaming")
-WORDS = ("best", "latest")  # for steps, which ``load_checkpoint`` knows
 DEFAULT_SEQ_LEN = 512  # the original's
 PADDED_VOCABULARY = 128  # models round their vocabulary up to such multiples for tensor cores
 
@@ -229,13 +228,13 @@ def _steps(target: str | Path, steps: Sequence[int | str] | str | None) -> list[
             if not found:
                 raise ScanLMError(f"{str(target)!r} holds no checkpoints to choose steps from")
             chosen += found
-        elif isinstance(step, int) or step in WORDS:
+        elif isinstance(step, int) or step in NAMED_STEPS:
             chosen.append(step)
         elif step.isdecimal():
             chosen.append(int(step))
         else:
             raise ScanLMError(
-                f"unknown step {step!r}: expected a number, or one of all, {', '.join(WORDS)}"
+                f"unknown step {step!r}: expected a number, or one of all, {', '.join(NAMED_STEPS)}"
             )
     if not chosen:
         raise ScanLMError("steps is empty: name at least one, or leave it out for the latest")

@@ -9,22 +9,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer
 
+from scanlm.checkpoints import damage
 from scanlm.data import Blocks
 from scanlm.errors import ScanLMError
 from scanlm.loss import loss_only
@@ -225,25 +223,9 @@ def check_saved(folder: Path) -> None:
     *earlier, latest = saved_steps(folder)
     checkpoint = folder / f"checkpoint-{latest}"
     for file in sorted(checkpoint.iterdir()):
-        if reason := _damage(file):
+        if reason := damage(file):
             instead = f"goes on from checkpoint-{earlier[-1]}" if earlier else "starts again"
             raise ScanLMError(
                 f"{file} is truncated or damaged ({reason}): remove {checkpoint}, and the same "
                 f"command {instead}"
             )
-
-
-def _damage(file: Path) -> str:
-    """What is wrong with a file of a checkpoint; empty if nothing is to be seen from outside."""
-    try:
-        if file.suffix == ".json":
-            json.loads(file.read_text(encoding="utf-8"))
-        elif file.suffix == ".safetensors":
-            with safe_open(file, framework="pt"):
-                pass
-        # what torch.save writes is a ZIP archive, whose directory stands at its end
-        elif file.suffix in (".pt", ".pth") and not is_zipfile(file):
-            return f"{file.stat().st_size} bytes"
-    except (ValueError, SafetensorError) as error:
-        return str(error)
-    return ""

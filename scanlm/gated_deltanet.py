@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from scanlm.errors import ScanLMError, nearest
-from scanlm.recurrence import gated_delta_rule
+from scanlm.recurrence import gated_delta_rule, softplus
 from scanlm.recurrent_model import (
     GatedRMSNorm,
     LayerState,
@@ -114,10 +114,8 @@ class GatedDeltaNet(nn.Module):
         if not self.use_short_conv:  # else the convolutions have done it
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
         exact = torch.promote_types(x.dtype, torch.float32)
-        # -exp(A_log) softplus(y), where softplus(y) = -log sigmoid(-y): the backward pass of
-        # softplus itself fails under torch.compile's "aot_eager"
-        y = self.a_proj(x).to(exact) + self.dt_bias.to(exact)
-        log_decay = self.A_log.to(exact).exp() * F.logsigmoid(-y)
+        step = softplus(self.a_proj(x).to(exact) + self.dt_bias.to(exact))
+        log_decay = -self.A_log.to(exact).exp() * step
         beta = self.strength * self.b_proj(x).to(exact).sigmoid()
         q, k = (self._unit(y.unflatten(-1, (-1, self.k_size)).to(exact)) for y in (q, k))
         v = v.unflatten(-1, (-1, self.v_size))

@@ -11,11 +11,10 @@ from importlib import import_module
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-from scanlm.recurrence import state_space_dual
+from scanlm.recurrence import softplus, state_space_dual
 
 
 class MatrixFormMixer(Mamba2Mixer):
@@ -41,9 +40,7 @@ class MatrixFormMixer(Mamba2Mixer):
         mixed = self.act(self.conv1d(mixed.transpose(1, 2))[..., :t]).transpose(1, 2)
         x, b, c = _masked(mixed, attention_mask).split([inner, states, states], dim=-1)
         x = x.unflatten(-1, (-1, self.head_dim)).to(exact)
-        # softplus, whose own backward pass fails under torch.compile's "aot_eager"
-        steps = -F.logsigmoid(-(steps.to(exact) + self.dt_bias.to(exact)))
-        steps = steps.clamp(*self.time_step_limit)
+        steps = softplus(steps.to(exact) + self.dt_bias.to(exact)).clamp(*self.time_step_limit)
         log_decay = -self.A_log.to(exact).exp() * steps
         b, c = (y.unflatten(-1, (self.n_groups, -1)) for y in (b, c))
         y, _ = state_space_dual(c, b, x * steps.unsqueeze(-1), log_decay)

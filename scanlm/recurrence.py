@@ -28,6 +28,14 @@ CHUNK_SIZE = 64
 Result = tuple[Tensor, Tensor]
 
 
+def softplus(x: Tensor) -> Tensor:
+    """``log(1 + exp(x))`` of any shape.
+
+    The backward pass of torch's own fails under ``torch.compile``'s "aot_eager".
+    """
+    return -F.logsigmoid(-x)
+
+
 def gated_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None = None
 ) -> Result:

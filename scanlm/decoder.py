@@ -23,7 +23,7 @@ from torch import Tensor
 from scanlm.cache import KeyValues, RaggedScanCache, ScanCache
 from scanlm.decode_step import Buffers, Rows, TorchStep
 from scanlm.errors import ScanLMError
-from scanlm.generation import check_tokens
+from scanlm.generation import check_new_tokens, check_tokens
 from scanlm.sampling import Sampling
 from scanlm.scan import OnlineScan
 
@@ -313,15 +313,14 @@ def stream(
     top_p: float | None = None,
 ) -> Iterator[Tensor]:
     """See ``ScanLMForCausalLM.stream``; everything is checked before anything is computed."""
+    check_new_tokens(max_new_tokens)
     sampling = Sampling(temperature, top_k, top_p)
     model._check_input(input_ids, past_key_values)
     check_tokens(input_ids, model.config.vocab_size)  # the former looks at them on the CPU only
     if model.training:
         raise ScanLMError("the model is in training mode: call model.eval() before streaming")
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ScanLMError(f"max_new_tokens={max_new_tokens}: expected an integer >= 1, or None")
-    empty = isinstance(past_key_values, ScanCache) and past_key_values.length == 0
-    if empty and model._left_padded_lengths(input_ids, attention_mask) is not None:
+    lengths = model._check_mask(input_ids, attention_mask, past_key_values, cached=True)
+    if past_key_values is not None and lengths is not None:
         raise ScanLMError(
             "past_key_values is an empty ScanCache, whose rows have one length, and attention_mask "
             "pads some: leave past_key_values out"

@@ -76,6 +76,15 @@ def check_mask_shape(mask: Tensor, input_ids: Tensor) -> None:
         check_mask(mask)
 
 
+def mask_edges(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether any row falls from 1 to 0, and whether any rises, as tensors on the mask's device.
+
+    Args:
+        mask: ``(b, t)``.
+    """
+    return (mask[:, 1:] < mask[:, :-1]).any(), (mask[:, 1:] > mask[:, :-1]).any()
+
+
 def check_continuation(mask: Tensor | None, input_ids: Tensor) -> None:
     """Refuse, on the CPU, padding among the tokens that a state goes on with.
 
@@ -138,7 +147,7 @@ class StateGenerationMixin(GenerationMixin):
         mask = others.get("attention_mask")
         if mask is not None and mask.dim() == 2:  # forward refuses others
             check_mask(mask)
-            if bool((mask[:, 1:] < mask[:, :-1]).any()):
+            if bool(mask_edges(mask)[0]):
                 raise ScanLMError(NO_SKIPPING)
         return prompt, name, others
 

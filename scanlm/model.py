@@ -37,8 +37,8 @@ from scanlm.generation import (
     check_continuation,
     check_logits_to_keep,
     check_mask_shape,
-    check_new_tokens,
     check_tokens,
+    mask_edges,
     readable,
 )
 from scanlm.gpt2 import PrefixEmbedding, Stack, init_weights
@@ -346,8 +346,7 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         """
         from scanlm.decoder import stream
 
-        check_new_tokens(max_new_tokens)
-        tokens = stream(
+        return stream(
             self,
             input_ids,
             attention_mask,
@@ -357,9 +356,6 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
             top_k,
             top_p,
         )
-        # nothing is computed before the first token is asked for
-        self._check_mask(input_ids, attention_mask, past_key_values, cached=True)
-        return tokens
 
     @can_return_tuple
     def forward(
@@ -471,9 +467,7 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         return None
 
     @staticmethod
-    def _left_padded_lengths(
-        input_ids: Tensor, mask: Tensor | None, cached: bool = False
-    ) -> Tensor | None:
+    def _left_padded_lengths(input_ids: Tensor, mask: Tensor | None, cached: bool) -> Tensor | None:
         """Each row's number of tokens ``(b,)`` if any row is padded at the left.
 
         Args:
@@ -485,8 +479,7 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         lengths = mask.sum(1).long()
         if bool((lengths == 0).any()):
             raise ScanLMError("attention_mask hides a whole row: every row needs at least a token")
-        falls = (mask[:, 1:] < mask[:, :-1]).any()
-        rises = (mask[:, 1:] > mask[:, :-1]).any()
+        falls, rises = mask_edges(mask)
         if cached and bool(falls):
             raise ScanLMError(NO_SKIPPING)
         if not bool(rises):

@@ -31,6 +31,7 @@ from scanlm.generation import (
     check_continuation,
     check_logits_to_keep,
     check_mask_shape,
+    mask_edges,
 )
 from scanlm.loss import linear_cross_entropy, next_tokens
 
@@ -363,8 +364,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if mask is None:
             return None
         check_mask_shape(mask, ids)
-        falls = bool((mask[:, 1:] < mask[:, :-1]).any())
-        rises = bool((mask[:, 1:] > mask[:, :-1]).any())
+        falls, rises = map(bool, mask_edges(mask))
         if falls and (rises or cache is not None):
             raise ScanLMError(NO_SKIPPING)
         return mask.unsqueeze(-1) if rises else None

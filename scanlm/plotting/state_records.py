@@ -32,16 +32,12 @@ def _training(parameters: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, field in StateTrackingSettings.model_fields.items():
         if name not in ("model", "config", "stages", "seed") and not name.startswith(IGNORED):
-            flat[name] = parameters.get(name, field.default)
+            value = parameters.get(name, field.default)
+            flat[name] = list(value) if isinstance(value, tuple) else value  # as records have it
     flat |= {f"config.{k}": v for k, v in (parameters.get("config") or {}).items()}
     for name, field in Stage.model_fields.items():
         flat[f"stages.{name}"] = [stage.get(name, field.default) for stage in parameters["stages"]]
     return flat
-
-
-def _plain(value: Any) -> Any:
-    """Lists and tuples alike, as records have lists only."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _stage_text(field: str, values: list[Any], was: list[Any], lengths: list[int]) -> str:
@@ -95,7 +91,7 @@ def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
         default = getattr(usual, name.removeprefix("config."), None) if "config." in name else None
         a.setdefault(name, default)
         b.setdefault(name, default)
-        if _plain(a[name]) != _plain(b[name]):
+        if a[name] != b[name]:
             names.append(name)
     if "stories" in names and b["stories"]:
         return "the original's setting"

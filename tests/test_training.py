@@ -287,15 +287,23 @@ def interrupted_at(step: int, again: bool, monkeypatch: pytest.MonkeyPatch) -> N
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def test_an_interrupt_saves_the_step_and_loses_nothing(
-    corpus: TokenizedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = TrainingSettings(**SMALL, root=str(tmp_path / "cut"))
+def stopped_at_5(
+    corpus: TokenizedCorpus, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[TrainingSettings, Path]:
+    """A run that Ctrl-C stopped during its fifth step, and its folder."""
+    settings = TrainingSettings(**SMALL, root=str(root))
     with monkeypatch.context() as patch:
         interrupted_at(5, again=False, monkeypatch=patch)
         with pytest.raises(KeyboardInterrupt):
             train(settings, small_model(), corpus)
-    (folder,) = (tmp_path / "cut").glob("*/*")
+    (folder,) = root.glob("*/*")
+    return settings, folder
+
+
+def test_an_interrupt_saves_the_step_and_loses_nothing(
+    corpus: TokenizedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, folder = stopped_at_5(corpus, tmp_path / "cut", monkeypatch)
     assert Run.open(folder).status == "interrupted"
     assert saved_steps(folder) == [4, 5]
     again = train(settings, small_model(), corpus)
@@ -316,13 +324,8 @@ def test_an_interrupt_saves_the_step_and_loses_nothing(
 def test_a_damaged_checkpoint_is_named_with_what_to_do(
     corpus: TokenizedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = TrainingSettings(**SMALL, root=str(tmp_path))
-    with monkeypatch.context() as patch:
-        interrupted_at(5, again=False, monkeypatch=patch)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings, small_model(), corpus)
-    (state,) = tmp_path.glob("*/*/checkpoint-5/trainer_state.json")
-    latest = state.parent
+    settings, folder = stopped_at_5(corpus, tmp_path, monkeypatch)
+    latest = folder / "checkpoint-5"
     for name in ("optimizer.pt", "model.safetensors", "trainer_state.json"):
         whole = (latest / name).read_bytes()
         (latest / name).write_bytes(whole[:100])
@@ -341,12 +344,7 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(
 def test_a_run_that_another_process_trains_is_left_alone(
     corpus: TokenizedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = TrainingSettings(**SMALL, root=str(tmp_path))
-    with monkeypatch.context() as patch:
-        interrupted_at(5, again=False, monkeypatch=patch)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings, small_model(), corpus)
-    (folder,) = (path.parent for path in tmp_path.glob("*/*/run.json"))
+    settings, folder = stopped_at_5(corpus, tmp_path, monkeypatch)
     before = [(folder / name).read_bytes() for name in ("metrics.jsonl", "run.json")]
     refused = pytest.raises(ScanLMError, match="is being written by another process")
     with Run.open(folder).only_writer(), refused:

@@ -33,9 +33,10 @@ def mask_where_needed(
     """transformers' mask for ``scaled_dot_product_attention``; ``None`` for whole sequences.
 
     ``None`` means causal to the attention function. transformers decides likewise, but not while
-    it is compiled.
+    it is compiled or captured as a CUDA graph.
     """
-    if attention_mask is None and local_size is None and q_length == kv_length:
+    all_seen = local_size is None or kv_length <= local_size
+    if attention_mask is None and all_seen and q_length == kv_length:
         return None
     return sdpa_mask(
         batch_size,

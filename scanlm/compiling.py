@@ -38,6 +38,8 @@ def compile_model(model: nn.Module, backend: str = "inductor", many_shapes: bool
             little faster, but takes its half minute again for every shape of a batch.
     """
     kernels.trusted(next(model.parameters()).device)
+    # else what a model computes outside of autocast (the recurrences) has its backward pass in it
+    torch._functorch.config.backward_pass_autocast = "off"
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
     blocks = _equal_blocks(model, many_shapes)
     if blocks is None:

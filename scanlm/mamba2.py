@@ -11,10 +11,12 @@ from importlib import import_module
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from scanlm.recurrence import softplus, state_space_dual
+from scanlm.short_convolution import causal_convolution
 
 
 class MatrixFormMixer(Mamba2Mixer):
@@ -30,14 +32,15 @@ class MatrixFormMixer(Mamba2Mixer):
         """``(b, t, d)`` to ``(b, t, d)``; ``attention_mask (b, t)`` is 0 at padding."""
         if cache_params is not None:
             return super().forward(hidden_states, cache_params, attention_mask, **kwargs)
-        dtype, t = hidden_states.dtype, hidden_states.shape[1]
+        dtype = hidden_states.dtype
         exact = torch.promote_types(dtype, torch.float32)
         inner, states = self.intermediate_size, self.n_groups * self.ssm_state_size
         hidden_states = _masked(hidden_states, attention_mask)
         gate, mixed, steps = self.in_proj(hidden_states).split(
             [inner, inner + 2 * states, self.num_heads], dim=-1
         )
-        mixed = self.act(self.conv1d(mixed.transpose(1, 2))[..., :t]).transpose(1, 2)
+        mixed = F.pad(mixed, (0, 0, self.conv_kernel_size - 1, 0))
+        mixed = self.act(causal_convolution(mixed, self.conv1d.weight, self.conv1d.bias))
         x, b, c = _masked(mixed, attention_mask).split([inner, states, states], dim=-1)
         x = x.unflatten(-1, (-1, self.head_dim)).to(exact)
         steps = softplus(steps.to(exact) + self.dt_bias.to(exact)).clamp(*self.time_step_limit)

@@ -187,7 +187,10 @@ def _decayed_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
         border = b2[..., 0, -1:, :]
         queries = q2[..., 1, :, :] * (b2[..., 1, :, :] - border).exp()
         keys = k2[..., 0, :, :] * (border - b2[..., 0, :, :]).exp()
-        across = queries @ keys.transpose(-1, -2)
+        if size == 1:  # GPUs are slow at matrix products of single rows
+            across = (queries * keys).sum(-1, keepdim=True)
+        else:
+            across = queries @ keys.transpose(-1, -2)
         first, second = scores[..., 0::2, :, :], scores[..., 1::2, :, :]
         upper = torch.cat([first, torch.zeros_like(across)], dim=-1)
         scores = torch.cat([upper, torch.cat([across, second], dim=-1)], dim=-2)
@@ -205,9 +208,11 @@ def _delta_chunks(
     # (1 + T) writes = beta v - (beta exp(b) k) S, T strictly lower triangular
     beta = beta.unsqueeze(-1)
     before = ((beta * k) @ k.transpose(-1, -2) * decay).tril(-1)
-    known = torch.cat([beta * v, beta * b.unsqueeze(-1).exp() * k], dim=-1)
+    known = beta * v
+    if reading := state is not None or q.shape[2] > 1:
+        known = torch.cat([known, beta * b.unsqueeze(-1).exp() * k], dim=-1)
     solved = torch.linalg.solve_triangular(before, known, upper=False, unitriangular=True)
-    values, reads = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+    values, reads = solved.split([v.shape[-1], k.shape[-1] if reading else 0], dim=-1)
     scores = q @ k.transpose(-1, -2) * decay
     q = q * b.unsqueeze(-1).exp()
     k = k * (b[..., -1:] - b).unsqueeze(-1).exp()

@@ -34,6 +34,7 @@ from scanlm.generation import (
     mask_edges,
 )
 from scanlm.loss import linear_cross_entropy, next_tokens
+from scanlm.short_convolution import ShortConvolution
 
 INSTALL = "pip install 'scanlm[gpu]'"
 
@@ -176,22 +177,6 @@ class GatedRMSNorm(nn.Module):
         if gate is not None:
             y = y * self.activation(gate.to(exact))
         return y.to(x.dtype)
-
-
-class ShortConvolution(nn.Conv1d):
-    """Causal convolution of every feature with its own few weights, then SiLU."""
-
-    def __init__(self, features: int, width: int) -> None:
-        super().__init__(features, features, width, groups=features, bias=False)
-
-    def step(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens ``(b, t, features)`` after the ``width - 1`` of ``past``: outputs, new past."""
-        width = self.kernel_size[0]
-        if past is None:
-            past = x.new_zeros(x.shape[0], width - 1, x.shape[2])
-        x = torch.cat([past.to(x.dtype), x], dim=1)
-        y = F.silu(self(x.transpose(1, 2))).transpose(1, 2)
-        return y, x[:, x.shape[1] - width + 1 :]
 
 
 def add_convolutions(mixer: Any, width: int) -> None:

@@ -61,6 +61,21 @@ def test_blocks_of_recurrent_models_share_their_code(make_ids: Make, name: str) 
     assert numbers[0] == numbers[1] > 0
 
 
+@pytest.mark.parametrize("name", ["mamba2_tiny", "gla_tiny", "gated_deltanet_tiny"])
+def test_gradients_outside_of_autocast_stay_there(make_ids: Make, name: str) -> None:
+    ids, steps = make_ids(2, 22), []
+    for backend in (None, "aot_eager"):
+        torch.manual_seed(0)
+        model = build_model(name, vocab_size=97)
+        if backend:
+            compile_model(model, backend=backend)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=ids, **loss_only(model)).loss
+        loss.backward()
+        steps.append({n: p.grad for n, p in model.named_parameters()})
+    torch.testing.assert_close(steps[1], steps[0], rtol=1e-5, atol=1e-7)
+
+
 def graphs_after(steps: int, model: Any, ids: Tensor) -> int:
     for _ in range(steps):
         step(model, ids)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers.masking_utils import create_sliding_window_causal_mask
 
 from scanlm.errors import ScanLMError
 from scanlm.loss import loss_only
@@ -44,6 +45,22 @@ def test_it_is_gpt2_under_a_band_mask(model: WindowGPT2LMHeadModel, ids: torch.T
     alone = model(ids, labels=ids, **loss_only(model)).loss
     torch.testing.assert_close(alone, expected.loss, check_dtype=False, rtol=1e-6, atol=0)
     assert not torch.allclose(out.logits, gpt2(ids).logits)  # the window does matter
+
+
+def test_within_the_window_no_mask_is_made(
+    model: WindowGPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as under torch.compile, or while a CUDA graph is captured
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *tensors: True)
+
+    def mask(tokens: int) -> torch.Tensor | None:
+        embeds = torch.empty(2, tokens, 0)
+        return create_sliding_window_causal_mask(model.config, embeds, None, None)
+
+    assert mask(WINDOW) is None
+    longer = mask(WINDOW + 1)
+    assert longer is not None
+    assert not longer[0, 0, -1, 0]
 
 
 @pytest.mark.parametrize("pieces", [[1] * 23, [9, 1, 7, 6], [20, 3]])

@@ -108,7 +108,7 @@ def _training(runs: pd.DataFrame) -> Iterable[Row]:
             "bits/byte": number(summary.get("bits_per_byte"), 3),
             "tokens/s": number(summary.get("tokens_per_second"), 0),
             "minutes": number(summary.get("wall_seconds", math.nan) / 60, 1),
-            "GB": number(summary.get("peak_memory_bytes", math.nan) / 1e9, 1),
+            "GB": number((summary.get("peak_memory_bytes") or math.nan) / 1e9, 1),
             "source": run["source"],
         }
 

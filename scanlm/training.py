@@ -250,6 +250,8 @@ class _Session:
             if name in logs:
                 self.run.log(name, logs[name], **axes)
         self.run.log("tokens_per_second", speed, **axes)
+        if (peak := _peak_memory()) is not None:
+            self.run.log("peak_memory_bytes", peak, **axes)
 
     def _evaluate(self, max_tokens: int | None) -> Evaluation:
         s = self.settings
@@ -293,7 +295,9 @@ class _Session:
                 self.run.log("loss", loss, **axes, position=int(position), n=int(count))
         metrics = read_metrics(self.folder)
         speeds = metrics.loc[metrics["name"] == "tokens_per_second", "value"]
-        cuda = torch.cuda.is_available()
+        peaks = metrics.loc[
+            metrics["name"] == "peak_memory_bytes", "value"
+        ]  # earlier sessions' too
         summary = {
             "loss": result.loss,
             "perplexity": result.perplexity,
@@ -308,7 +312,7 @@ class _Session:
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
             "wall_seconds": self.seconds,
             "tokens_per_second": float(speeds.median()) if len(speeds) else None,
-            "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else _peak_rss(),
+            "peak_memory_bytes": int(peaks.max()) if len(peaks) else None,
         }
         self.run.finish(summary)
         print(f"{_result_line(summary)}\nrun: {self.folder}")
@@ -676,8 +680,10 @@ def _result_line(summary: dict[str, Any]) -> str:
     )
 
 
-def _peak_rss() -> int | None:
-    """Largest resident memory of this process so far."""
+def _peak_memory() -> int | None:
+    """Most memory held so far: on the GPU by this run, else by this process; ``None``: unknown."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     try:
         import resource
         import sys

@@ -630,6 +630,8 @@ def export_run(
     seed: int = 0,
     lr: float = 1e-3,
     loss: float | None = None,
+    kind: str = "training",
+    device: str = "a device",
     **fields: object,
 ) -> None:
     """A small exported training run, of a scan model by default."""
@@ -644,7 +646,7 @@ def export_run(
         "model": model,
         "seed": seed,
         "parameters": {
-            "kind": "training",
+            "kind": kind,
             "batch_size": 2,
             "seq_len": 256,
             "steps": steps,
@@ -652,7 +654,7 @@ def export_run(
             "config": config,
         },
         "status": "finished",
-        "device": {"name": "a device"},
+        "device": {"name": device},
         "summary": {"tokens": steps * 100, "steps": steps, "loss": loss},
         "metrics": [
             {"name": "loss", "value": loss, "split": "validation", "flops": 7.0 * steps, **at},
@@ -693,6 +695,69 @@ def test_models_are_compared_on_the_same_tokens_at_their_best_lr(tmp_path: Path)
     (ax,) = figures.FIGURES["comparison_final"](figures.Records(tmp_path)).axes
     assert texts(ax) == ["3.000", "2.500"]
     assert "and 3 more runs" in ax.figure.get_supxlabel()
+
+
+def test_a_caption_names_every_device(tmp_path: Path) -> None:
+    for model, device in (("a", "an H100"), ("b", "an H200"), ("c", "an H200"), ("d", "an H100")):
+        export_run(tmp_path, model=model, device=device)
+    figure = figures.FIGURES["comparison_final"](figures.Records(tmp_path))
+    note = " ".join(figure.get_supxlabel().split())
+    assert "; an H100; " in note
+    assert note.endswith("and 3 more runs, 2 on an H200")
+
+
+def test_curves_of_training_are_of_runs_that_were_trained(tmp_path: Path) -> None:
+    export_run(tmp_path, model="a_scored_model", kind="evaluation")
+    (tmp_path / "enwiki2019").rename(tmp_path / "wikitext103")
+    draw = figures.FIGURES["loss_wikitext103"]
+    with pytest.raises(figures.NoRecords, match="no finished training"):
+        draw(figures.Records(tmp_path))
+    export_run(tmp_path, model="scanlm")
+    (trained,) = (tmp_path / "enwiki2019").iterdir()
+    trained.rename(tmp_path / "wikitext103" / trained.name)
+    caption = draw(figures.Records(tmp_path)).get_supxlabel()
+    assert caption.startswith("scanlm; ")
+    assert "more run" not in caption
+
+
+def export_score(folder: Path, of: str, corpus: str, bits: float, **parameters: str) -> None:
+    """An exported evaluation of a run of ``export_run``."""
+    known = {"kind": "evaluation", "target": of, "context": "blocks", "split": "test"}
+    record = {
+        "run_id": f"{of}-{corpus}-{len(list(folder.glob('*/*')))}",
+        "experiment": corpus.partition("#")[0],
+        "model": of.partition("-")[0],
+        "seed": 0,
+        "parameters": {**known, "corpus": corpus, **parameters},
+        "status": "finished",
+        "device": {"name": "a device"},
+        "summary": {"bits_per_byte": bits},
+        "metrics": [],
+    }
+    path = folder / record["experiment"] / f"{record['run_id']}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record))
+
+
+def test_texts_show_the_compared_models_in_one_line_each(tmp_path: Path) -> None:
+    export_run(tmp_path, model="scanlm", lr=1e-3, loss=2.0)
+    export_run(tmp_path, model="scanlm", lr=1e-2, loss=3.0)
+    export_run(tmp_path, model="gpt2", model_type="gpt2")
+    best, other = "scanlm-10-scanlm-0.001-s0", "scanlm-10-scanlm-0.01-s0"
+    draw = figures.FIGURES["comparison_texts"]
+    export_score(tmp_path, best, "wikitext103", 9.0, context="sliding")
+    with pytest.raises(figures.NoRecords, match="no compared model was scored"):
+        draw(figures.Records(tmp_path))
+    export_score(tmp_path, best, "wikitext103", 2.0)
+    export_score(tmp_path, best, "wikitext103#detokenized", 1.0)
+    export_score(tmp_path, other, "wikitext103", 5.0)
+    export_score(tmp_path, best, "enwiki2019", 4.0, split="validation")
+    (ax,) = draw(figures.Records(tmp_path)).axes
+    (line,) = ax.get_lines()
+    assert list(line.get_xdata()) == [2.0, 1.0]  # the easiest text on top
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels == ["wikitext103, test", "wikitext103#detokenized, test"]
+    assert "and 1 more run" in ax.figure.get_supxlabel()
 
 
 def test_a_long_comparison_wins_over_a_short_one_of_more_models(tmp_path: Path) -> None:

@@ -303,10 +303,13 @@ def stopped_at_5(
 def test_an_interrupt_saves_the_step_and_loses_nothing(
     corpus: TokenizedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("scanlm.training._peak_memory", lambda: 2000)
     settings, folder = stopped_at_5(corpus, tmp_path / "cut", monkeypatch)
     assert Run.open(folder).status == "interrupted"
     assert saved_steps(folder) == [4, 5]
+    monkeypatch.setattr("scanlm.training._peak_memory", lambda: 1000)
     again = train(settings, small_model(), corpus)
+    assert again.summary["peak_memory_bytes"] == 2000
     whole = train(settings.model_copy(update={"root": str(tmp_path)}), small_model(), corpus)
     models = [
         AutoModelForCausalLM.from_pretrained(run.folder / "checkpoint-12") for run in (again, whole)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -320,6 +320,47 @@ def final_values(
     return figure
 
 
+def scored_texts(runs: pd.DataFrame, source: str | None = None) -> Figure:
+    """Bits per byte of each text, one line of points a text; seeds are a mean.
+
+    A byte is the same in every text, which a token and, with other conventions about spaces, a
+    word are not.
+
+    Args:
+        runs: evaluations, as ``records.read_runs`` has them.
+        source: caption.
+
+    Raises:
+        ScanLMError: none of them has the value.
+    """
+    value = "summary.bits_per_byte"
+    corpora = runs["parameters"].map(lambda p: f"{p['corpus']}, {p['split']}")
+    rows = runs.assign(text=corpora)
+    rows = rows.dropna(subset=[value]) if value in rows else rows.iloc[:0]
+    if rows.empty:
+        raise ScanLMError("no evaluation with bits per byte: scanlm evaluate RUN --split test")
+    table = rows.pivot_table(index="text", columns="model", values=value)
+    table = table.loc[table.mean(axis=1).sort_values(ascending=False).index]
+    looks = model_styles(list(table.columns))
+    with style():
+        figure = new_figure(8.6, 0.75 * len(table) + 1.6)
+        ax = figure.subplots()
+        for model, values in table.items():
+            look = looks[str(model)]
+            line: dict[str, Any] = {"ls": "", "marker": look.marker, "color": look.color}
+            ax.plot(values, range(len(table)), ms=7, alpha=0.8, label=look.label, **line)
+        ax.set_yticks(range(len(table)), list(table.index))
+        ax.tick_params(axis="y", length=0)
+        ax.set_ylim(-0.6, len(table) - 0.4)
+        ax.grid(axis="x")
+        ax.set_xlabel(NAME_LABELS["bits_per_byte"])
+        ax.set_title("The same models on several texts")
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        if source:
+            caption(figure, source)
+    return figure
+
+
 def position_differences(
     metrics: pd.DataFrame,
     reference: str,
@@ -353,7 +394,8 @@ def position_differences(
         ax = figure.subplots()
         for border in np.arange(chunk_size or len(table), len(table), chunk_size or 1):
             ax.axvline(border - 0.5, color=FAINT, lw=0.9, zorder=0)
-        ax.axhline(0, color=looks[reference].color, lw=1.5, label=looks[reference].label)
+        zero = looks[reference]
+        ax.axhline(0, color=zero.color, ls=zero.linestyle, lw=1.5, label=zero.label)
         for model, values in smooth.items():
             look = looks[str(model)]
             ax.plot(

@@ -81,13 +81,18 @@ def unscanned(runs: pd.DataFrame) -> pd.Series:
 def source(runs: pd.DataFrame) -> str:
     """One caption for all runs of a figure: the line of the first, and how many more there are.
 
-    It says which of them must not be taken for a scan.
+    It says on what other devices these ran, and which must not be taken for a scan.
     """
     from scanlm import records
 
     more = len(runs) - 1
     line = str(records.source_line(runs.iloc[0]))
     line += f"; and {more} more run{'s' if more > 1 else ''}" if more else ""
+    devices = [(device or {}).get("name") for device in runs["device"]]
+    others = sorted({str(name) for name in devices[1:] if name not in (None, devices[0])})
+    line += (
+        f", {sum(name in others for name in devices)} on {' and '.join(others)}" if others else ""
+    )
     names = sorted(set(runs.loc[unscanned(runs), "model"]))
     note = f"; {', '.join(names)}: the sequence is two chunks, so T1 is never called"
     return line + (note if names else "")
@@ -95,7 +100,10 @@ def source(runs: pd.DataFrame) -> str:
 
 def _loss(experiment: str) -> Callable[[Records], Figure]:
     def make(records: Records) -> Figure:
-        metrics, caption = records.metrics(experiment)
+        runs = _training(records.runs(experiment))
+        if runs.empty:
+            raise NoRecords(f"no finished training among the records of {experiment}")
+        metrics, caption = records.metrics(experiment, runs)
         by = (
             "chunk_size"
             if metrics["model"].nunique() == 1 and _several_chunks(metrics)
@@ -191,11 +199,31 @@ def _comparison(draw: Callable[..., Figure]) -> Callable[[Records], Figure]:
     return make
 
 
-def _differences(metrics: pd.DataFrame, source: str) -> Figure:
-    """Loss by position against the first GPT-2, so that what the text does to all cancels."""
-    models = list(metrics["model"].unique())
-    reference = next((m for m in models if family_of(m) == "gpt2"), models[0])
-    return comparison.position_differences(metrics, reference, window=16, source=source)
+def _differences(records: Records) -> Figure:
+    """Loss by position against the smallest GPT-2, so that what the text does to all cancels."""
+    runs = compared_runs(records.runs("enwiki2019"))
+    metrics, caption = records.metrics("enwiki2019", runs)
+    gpt2 = runs[runs["model"].map(family_of) == "gpt2"].sort_values("summary.num_parameters")
+    reference = (gpt2 if len(gpt2) else runs)["model"].iloc[0]
+    return comparison.position_differences(metrics, reference, window=16, source=caption)
+
+
+def _scored_texts(records: Records) -> Figure:
+    """The compared models on every test text that they were scored on in blocks."""
+    compared = set(compared_runs(records.runs("enwiki2019"))["run_id"])
+
+    def fits(parameters: dict[str, Any]) -> bool:
+        return (
+            parameters.get("kind") == "evaluation"
+            and parameters["target"] in compared
+            and (parameters["split"], parameters["context"]) == ("test", "blocks")
+        )
+
+    runs = pd.concat([records.runs(name) for name in ("enwiki2019", "wikitext103")])
+    runs = runs[runs["parameters"].map(fits) & (runs["status"] == "finished")]
+    if runs.empty:
+        raise NoRecords("no compared model was scored on a test text")
+    return comparison.scored_texts(runs, source=source(runs))
 
 
 def _speed(draw: Callable[..., Figure], **axes: Any) -> Callable[[Records], Figure]:
@@ -418,7 +446,8 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "reading_the_past": lambda _: comparison.reading_the_past(),
     "comparison": _comparison(partial(comparison.cost_curves, xs=("tokens", "flops", "seconds"))),
     "comparison_final": _comparison(comparison.final_values),
-    "comparison_positions": _comparison(_differences),
+    "comparison_positions": _differences,
+    "comparison_texts": _scored_texts,
     "state_bytes": _state_bytes,
     "inference_speed": _inference(inference.timeline, "original"),
     "inference_positions_original": _inference(inference.time_by_position, "original"),

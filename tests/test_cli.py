@@ -763,4 +763,4 @@ def test_an_interrupted_curriculum_is_one_line(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("scanlm.curriculum.train_many", stopped)
     said = refused("curriculum", "--preset", "smoke", code=130)
-    assert "all runs are saved; the same command goes on" in said
+    assert "the same command goes on from what each run has saved" in said

@@ -61,4 +61,4 @@ def side_by_side(settings: Sequence[StateTrackingSettings], **options: Any) -> l
     try:
         return train_many(settings, progress=typer.echo, **options)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("all runs are saved; the same command goes on") from None
+        raise KeyboardInterrupt("the same command goes on from what each run has saved") from None

@@ -47,6 +47,15 @@ def logits(model):
         return model(input_ids=ids, use_cache=False).logits
 
 
+def assert_same(loaded, model):
+    """Weights to the bit; logits nearly, since a loaded Mamba2 computes them in another order."""
+    expected = model.state_dict()
+    found = loaded.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-6)
+
+
 def make_run(folder, steps=(5, 10), best=None):
     """A run folder with one model per step, seeded by the step."""
     folder.mkdir()
@@ -86,7 +95,7 @@ def test_a_hugging_face_folder(make, tmp_path):
     model = make()
     model.save_pretrained(tmp_path / "m")
     loaded = load_checkpoint(tmp_path / "m")
-    assert torch.equal(logits(loaded.model), logits(model))
+    assert_same(loaded.model, model)
     assert not loaded.model.training
     assert (loaded.name, loaded.step, loaded.run, loaded.tokenizer) == ("m", None, None, None)
 
@@ -161,7 +170,7 @@ def test_a_distributed_checkpoint(make, prefix, tmp_path):
     folder = save_dcp(model, tmp_path / "exp" / "checkpoint" / "step-30", prefix)
     for target in (folder, tmp_path / "exp"):
         loaded = load_checkpoint(target, config=tmp_path / "config" / "config.json")
-        assert torch.equal(logits(loaded.model), logits(model))
+        assert_same(loaded.model, model)
         assert loaded.step == 30
         assert loaded.path == converted_folder(folder)
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig
 
 from scanlm.errors import ScanLMError, nearest
+from scanlm.values import is_number
 
 TRAIN_MODES = ("blelloch", "sequential", "parallel")
 POSITION_EMBEDDINGS = ("absolute", "chunk")
@@ -151,7 +152,7 @@ class ScanLMConfig(PretrainedConfig):
 
     def _check_number(self, name: str, expected: str, fits: Callable[[Any], bool]) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, Real) or not fits(value):
+        if not is_number(value) or not fits(value):
             raise ScanLMError(f"{name} must be {expected}, got {value!r}")
 
     @classmethod

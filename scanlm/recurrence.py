@@ -209,10 +209,10 @@ def _delta_chunks(
     beta = beta.unsqueeze(-1)
     before = ((beta * k) @ k.transpose(-1, -2) * decay).tril(-1)
     known = beta * v
-    if reading := state is not None or q.shape[2] > 1:
+    if state is not None or q.shape[2] > 1:  # else no chunk has a state to read
         known = torch.cat([known, beta * b.unsqueeze(-1).exp() * k], dim=-1)
     solved = torch.linalg.solve_triangular(before, known, upper=False, unitriangular=True)
-    values, reads = solved.split([v.shape[-1], k.shape[-1] if reading else 0], dim=-1)
+    values, reads = solved.tensor_split([v.shape[-1]], dim=-1)
     scores = q @ k.transpose(-1, -2) * decay
     q = q * b.unsqueeze(-1).exp()
     k = k * (b[..., -1:] - b).unsqueeze(-1).exp()

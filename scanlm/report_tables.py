@@ -66,7 +66,7 @@ def _of(runs: pd.DataFrame, experiment: str) -> pd.DataFrame:
     return runs[runs["experiment"] == experiment]
 
 
-def _of_kind(runs: pd.DataFrame, kind: str) -> pd.DataFrame:
+def of_kind(runs: pd.DataFrame, kind: str) -> pd.DataFrame:
     """Finished ones: those that were stopped have no final figures."""
     fitting = runs["parameters"].map(lambda p: _mapping(p).get("kind") == kind)
     return runs[fitting & (runs["status"] == "finished")]
@@ -84,7 +84,7 @@ def at_positions(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _training(runs: pd.DataFrame) -> Iterable[Row]:
     """Of each experiment the longest runs first, and of these the best."""
-    runs = _of_kind(runs, "training")
+    runs = of_kind(runs, "training")
     summaries = runs["summary"].map(_mapping)
     runs = runs.assign(
         trained=summaries.map(lambda s: -s["tokens"]), loss=summaries.map(lambda s: s["loss"])
@@ -114,7 +114,7 @@ def _training(runs: pd.DataFrame) -> Iterable[Row]:
 
 
 def _evaluation(runs: pd.DataFrame) -> Iterable[Row]:
-    for _, run in _of_kind(runs, "evaluation").iterrows():
+    for _, run in of_kind(runs, "evaluation").iterrows():
         parameters, summary = run["parameters"], _mapping(run["summary"])
         context = str(parameters["context"])
         if context == "sliding":

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from scanlm.errors import ScanLMError
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+from scanlm.values import is_number
 
 
 @dataclass(frozen=True)
@@ -36,14 +31,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if not _is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
+        if not is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
             raise ScanLMError(
                 f"temperature={self.temperature!r}: expected a number >= 0, where 0 is greedy"
             )
         k, p = self.top_k, self.top_p
-        if k is not None and (not _is_number(k) or not isinstance(k, int) or k < 1):
+        if k is not None and (not is_number(k) or not isinstance(k, int) or k < 1):
             raise ScanLMError(f"top_k={k!r}: expected an integer >= 1, or None for all")
-        if p is not None and (not _is_number(p) or not 0 < p <= 1):
+        if p is not None and (not is_number(p) or not 0 < p <= 1):
             raise ScanLMError(f"top_p={p!r}: expected a probability in (0, 1], or None")
 
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:

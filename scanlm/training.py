@@ -295,9 +295,8 @@ class _Session:
                 self.run.log("loss", loss, **axes, position=int(position), n=int(count))
         metrics = read_metrics(self.folder)
         speeds = metrics.loc[metrics["name"] == "tokens_per_second", "value"]
-        peaks = metrics.loc[
-            metrics["name"] == "peak_memory_bytes", "value"
-        ]  # earlier sessions' too
+        # of earlier sessions too
+        peaks = metrics.loc[metrics["name"] == "peak_memory_bytes", "value"]
         summary = {
             "loss": result.loss,
             "perplexity": result.perplexity,

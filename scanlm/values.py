@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,11 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             raise ScanLMError(f"{key!r} is given twice: leave one out")
         values[key] = parse_value(text.strip())
     return values
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number; true and false are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_duration(name: str, seconds: float | None) -> None:

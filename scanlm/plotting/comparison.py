@@ -334,9 +334,8 @@ def scored_texts(runs: pd.DataFrame, source: str | None = None) -> Figure:
         ScanLMError: none of them has the value.
     """
     value = "summary.bits_per_byte"
-    corpora = runs["parameters"].map(lambda p: f"{p['corpus']}, {p['split']}")
-    rows = runs.assign(text=corpora)
-    rows = rows.dropna(subset=[value]) if value in rows else rows.iloc[:0]
+    texts = runs["parameters"].map(lambda p: f"{p['corpus']}, {p['split']}")
+    rows = runs.assign(text=texts).reindex(columns=["text", "model", value]).dropna()
     if rows.empty:
         raise ScanLMError("no evaluation with bits per byte: scanlm evaluate RUN --split test")
     table = rows.pivot_table(index="text", columns="model", values=value)

@@ -28,6 +28,7 @@ from scanlm.plotting import (
 )
 from scanlm.plotting.architecture import architecture
 from scanlm.plotting.style import family_of, style
+from scanlm.report_tables import of_kind
 from scanlm.values import natural_key
 
 logger = logging.getLogger(__name__)
@@ -90,9 +91,8 @@ def source(runs: pd.DataFrame) -> str:
     line += f"; and {more} more run{'s' if more > 1 else ''}" if more else ""
     devices = [(device or {}).get("name") for device in runs["device"]]
     others = sorted({str(name) for name in devices[1:] if name not in (None, devices[0])})
-    line += (
-        f", {sum(name in others for name in devices)} on {' and '.join(others)}" if others else ""
-    )
+    if others:
+        line += f", {sum(name in others for name in devices)} on {' and '.join(others)}"
     names = sorted(set(runs.loc[unscanned(runs), "model"]))
     note = f"; {', '.join(names)}: the sequence is two chunks, so T1 is never called"
     return line + (note if names else "")
@@ -100,7 +100,7 @@ def source(runs: pd.DataFrame) -> str:
 
 def _loss(experiment: str) -> Callable[[Records], Figure]:
     def make(records: Records) -> Figure:
-        runs = _training(records.runs(experiment))
+        runs = of_kind(records.runs(experiment), "training")
         if runs.empty:
             raise NoRecords(f"no finished training among the records of {experiment}")
         metrics, caption = records.metrics(experiment, runs)
@@ -116,12 +116,6 @@ def _loss(experiment: str) -> Callable[[Records], Figure]:
 
 def _several_chunks(metrics: pd.DataFrame) -> bool:
     return "chunk_size" in metrics and metrics["chunk_size"].nunique() > 1
-
-
-def _training(runs: pd.DataFrame) -> pd.DataFrame:
-    """Those that were stopped have no final figures to compare."""
-    training = runs["parameters"].map(lambda p: p.get("kind") == "training")
-    return runs[training & (runs["status"] == "finished")]
 
 
 def _alike(
@@ -166,7 +160,7 @@ def _chunk_sizes(records: Records) -> Figure:
         device = (run.get("device") or {}).get("name")
         return sorted((_training_tokens(run) | same | config).items(), key=str), device
 
-    runs = _training(records.runs("enwiki2019"))
+    runs = of_kind(records.runs("enwiki2019"), "training")
     runs = runs[runs["parameters"].map(is_scan)]
     sizes = runs["parameters"].map(lambda p: p["config"]["chunk_size"])
     runs = _alike(runs.assign(chunk_size=sizes), condition, "chunk_size")
@@ -183,7 +177,7 @@ def compared_runs(runs: pd.DataFrame) -> pd.DataFrame:
     Raises:
         NoRecords: there are none.
     """
-    runs = _alike(_training(runs), _training_tokens, "model")
+    runs = _alike(of_kind(runs, "training"), _training_tokens, "model")
     runs = runs.assign(lr=runs["parameters"].map(lambda p: p.get("lr")))
     means = runs.groupby(["model", "lr"], dropna=False)["summary.loss"].mean().reset_index()
     best = means.loc[means.groupby("model")["summary.loss"].idxmin(), ["model", "lr"]]
@@ -213,14 +207,12 @@ def _scored_texts(records: Records) -> Figure:
     compared = set(compared_runs(records.runs("enwiki2019"))["run_id"])
 
     def fits(parameters: dict[str, Any]) -> bool:
-        return (
-            parameters.get("kind") == "evaluation"
-            and parameters["target"] in compared
-            and (parameters["split"], parameters["context"]) == ("test", "blocks")
-        )
+        how = (parameters["split"], parameters["context"])
+        return parameters["target"] in compared and how == ("test", "blocks")
 
     runs = pd.concat([records.runs(name) for name in ("enwiki2019", "wikitext103")])
-    runs = runs[runs["parameters"].map(fits) & (runs["status"] == "finished")]
+    runs = of_kind(runs, "evaluation")
+    runs = runs[runs["parameters"].map(fits).astype(bool)]
     if runs.empty:
         raise NoRecords("no compared model was scored on a test text")
     return comparison.scored_texts(runs, source=source(runs))

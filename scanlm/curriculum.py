@@ -3,7 +3,7 @@
 A run goes through stages of growing length. Every ``log_every`` steps it is validated on new words;
 a stage ends when that passes its threshold or when its steps are used up, and the record says
 which. The next stage starts from the same weights and optimiser state, with its own learning rate,
-warm-up and dropout. At the end the model is evaluated at many lengths.
+warm-up and dropout. At the end the model is evaluated at many lengths; the others wait for it.
 
 Runs share nothing but the device. On a GPU each has its own stream and its own CUDA graphs
 (``scanlm.curriculum_step``), and the host only looks after whichever run has finished its steps.
@@ -90,7 +90,13 @@ def _parameters(settings: StateTrackingSettings) -> dict[str, Any]:
 class _Trainee:
     """One run: its learner, its place in the curriculum and its record."""
 
-    def __init__(self, settings: StateTrackingSettings, record: Run, device: torch.device) -> None:
+    def __init__(
+        self,
+        settings: StateTrackingSettings,
+        record: Run,
+        device: torch.device,
+        max_steps: int | None,
+    ) -> None:
         self.settings, self.record = settings, record
         self.learner = Learner(settings, device)
         self.stage_index, self.stage_step = 0, 0
@@ -102,6 +108,7 @@ class _Trainee:
         path = record.folder / CHECKPOINT
         if path.exists():
             self._resume(path)
+        self.last_step = math.inf if max_steps is None else self.learner.step + max_steps
         # what comes after the checkpoint (without one: everything) is measured again
         record.truncate(after_step=self.learner.step)
         if not self.trained:
@@ -114,6 +121,10 @@ class _Trainee:
     @property
     def trained(self) -> bool:
         return self.stage_index == len(self.settings.stages)
+
+    @property
+    def can_go_on(self) -> bool:
+        return not (self.trained or self.diverged) and self.learner.step < self.last_step
 
     def queue(self) -> None:
         """Start the steps up to the next record (on a CPU: do them)."""
@@ -364,44 +375,58 @@ def train_many(
             else:
                 held.enter_context(record.failures_recorded())
             opened.append(record)
-        with held_interrupts() as interrupted:
-            trainees = [
-                _Trainee(entry, record, chosen)
-                for entry, record in zip(settings, opened, strict=True)
-                if not record.finished
-            ]
-            begun = {id(t): t.learner.step for t in trainees}
-            saved_at = time.perf_counter()
-            active = [t for t in trainees if not t.trained]
-            while active and not (time_is_up() or interrupted()):
-                for t in active:
-                    if not (t.queued or interrupted()):
-                        t.queue()
-                    if t.queued and t.ready():
-                        stage = t.stage_index
-                        t.collect()
-                        if t.diverged or t.stage_index > stage:
-                            say(_state(t))
-                if time.perf_counter() - saved_at > checkpoint_seconds:
-                    _save_all(trainees)  # which may end a run's training
-                    saved_at = time.perf_counter()
-                active = [
-                    t
-                    for t in active
-                    if not (t.trained or t.diverged)
-                    and (max_steps is None or t.learner.step - begun[id(t)] < max_steps)
-                ]
-            _save_all(trainees)
-            if interrupted():
-                raise KeyboardInterrupt
-        for t in trainees:
-            if t.trained and not time_is_up():
+        trainees: list[_Trainee] | None = None
+        while trainees is None or any(t.can_go_on for t in trainees):
+            with held_interrupts() as interrupted:
+                if trainees is None:
+                    trainees = [
+                        _Trainee(entry, record, chosen, max_steps)
+                        for entry, record in zip(settings, opened, strict=True)
+                        if not record.finished
+                    ]
+                _train_until_one_ends(
+                    trainees, lambda: time_is_up() or interrupted(), checkpoint_seconds, say
+                )
+                if interrupted():
+                    raise KeyboardInterrupt
+            if time_is_up():
+                break
+            # evaluated while the others wait, saved: a run that is done is not lost with them
+            for t in [t for t in trainees if t.trained]:
                 t.finish(save_weights)
                 say(f"{_state(t)}; evaluated\nrun: {t.record.folder}")
-            elif not t.diverged:
+                trainees.remove(t)  # with its graphs' memory
+        for t in trainees:
+            if not t.diverged:
                 t.record.fail("interrupted", f"stopped after step {t.learner.step}")
                 say(f"{_state(t)}; saved, the same command goes on\nrun: {t.record.folder}")
     return opened
+
+
+def _train_until_one_ends(
+    trainees: Sequence[_Trainee],
+    stopped: Callable[[], bool],
+    checkpoint_seconds: float,
+    say: Callable[[str], None],
+) -> None:
+    """Train side by side until a run is through its stages or all have to stop; save them all."""
+    saved_at = time.perf_counter()
+    while not (stopped() or any(t.trained for t in trainees)):
+        active = [t for t in trainees if t.can_go_on]
+        if not active:
+            break
+        for t in active:
+            if not (t.queued or stopped()):
+                t.queue()
+            if t.queued and t.ready():
+                stage = t.stage_index
+                t.collect()
+                if t.diverged or t.stage_index > stage:
+                    say(_state(t))
+        if time.perf_counter() - saved_at > checkpoint_seconds:
+            _save_all(trainees)  # which may end a run's training
+            saved_at = time.perf_counter()
+    _save_all(trainees)
 
 
 def _no_weights(record: Run, save_weights: str) -> str:

@@ -454,6 +454,24 @@ def test_an_interrupt_waits_for_the_steps_that_have_begun(
         assert _metrics(one.folder) == _metrics(other.folder)
 
 
+def test_a_run_that_ends_first_is_recorded_whatever_becomes_of_the_others(tmp_path: Path) -> None:
+    short = preset_settings("smoke", TINY, seed=0)
+    long = preset_settings("smoke", [*TINY, "stages.-1.max_steps=30"], seed=1)
+    whole = train_many([short, long], root=tmp_path / "whole", device="cpu")
+
+    def killed(line: str) -> None:
+        if "; evaluated" in line:
+            raise RuntimeError("the machine is taken away")
+
+    with pytest.raises(RuntimeError, match="taken away"):
+        train_many([short, long], root=tmp_path / "cut", device="cpu", progress=killed)
+    states = [_status(one.folder, tmp_path / "cut") for one in whole]
+    assert states == ["finished", "failed"]
+    again = train_many([short, long], root=tmp_path / "cut", device="cpu")
+    for one, other in zip(whole, again, strict=True):
+        assert _metrics(one.folder) == _metrics(other.folder)
+
+
 @pytest.mark.parametrize("ended", ["killed", "diverged"])
 def test_a_run_begun_again_without_a_checkpoint_has_every_row_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: str

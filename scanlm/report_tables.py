@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from scanlm.errors import ScanLMError
 from scanlm.records import read_metrics
+from scanlm.variations import change_text, changes
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Row = dict[str, str]
+COMPILED = {"yes": "compiled", "no": "eager", "whole": "compiled as a whole"}
 LENGTHS = (180, 1024, 4096, 16384)  # of test words
 
 
@@ -93,9 +95,12 @@ def _training(runs: pd.DataFrame) -> Iterable[Row]:
         parameters, summary = run["parameters"], _mapping(run["summary"])
         config = _mapping(parameters.get("config"))
         is_scan = config.get("model_type") == "scanlm"
+        found = changes(str(run["model"]), parameters)
+        changed = [change_text(*change) for change in found.items() if change[0] != "chunk_size"]
         yield {
             "model": str(run["model"]),
             "chunk": str(config.get("chunk_size", "")) if is_scan else "",
+            "changed": ", ".join(changed),
             "parameters": number(summary.get("num_parameters", 0) / 1e6, 1) + " M",
             "corpus": f"`{parameters['corpus']}`",
             "steps": f"{summary['steps']:,}",
@@ -203,7 +208,7 @@ def _training_speed(runs: pd.DataFrame) -> Iterable[Row]:
             metrics = metrics[metrics["peak"].isna() | (metrics["peak"] == "measured")]
         table = metrics.pivot_table(index=keys, columns="name", values="value", sort=False)
         for _, row in table.reset_index().iterrows():
-            how = [row["mode"], "compiled" if row["compiled"] == "yes" else "eager", row["dtype"]]
+            how = [row["mode"], COMPILED[row["compiled"]], row["dtype"]]
             if row["part"] == "trainer":
                 how.append("in the trainer")
             if row.get("tokens_per_second", 0) > 0:

@@ -58,6 +58,8 @@ def test_models_of_one_family_share_the_color_and_differ_in_line_style() -> None
     looks = style.model_styles(["scanlm_tiny", "scanlm_base", "gpt2", "mine", "other"])
     assert looks["scanlm_tiny"].color == looks["scanlm_base"].color
     assert looks["scanlm_tiny"].linestyle != looks["scanlm_base"].linestyle
+    many = style.model_styles([f"scanlm_{n}" for n in range(6)]).values()
+    assert len({look.linestyle for look in many}) == len({look.marker for look in many}) == 6
     assert looks["gpt2"].label == "GPT-2"
     assert len({looks[m].color for m in looks}) == 4
 
@@ -676,7 +678,7 @@ def test_chunk_sizes_are_compared_between_runs_that_are_alike(tmp_path: Path) ->
     for ax in (quality, speed):
         assert [t.get_text() for t in ax.get_xticklabels()] == ["32", "64", "128"]
     note = " ".join(quality.figure.get_supxlabel().split())
-    assert note.endswith("m_c128: the sequence is two chunks, so T1 is never called")
+    assert note.endswith("m_c128: at most two chunks a sequence, so T1 is never called")
 
 
 def test_models_are_compared_on_the_same_tokens_at_their_best_lr(tmp_path: Path) -> None:
@@ -739,7 +741,7 @@ def export_score(folder: Path, of: str, corpus: str, bits: float, **parameters: 
     path.write_text(json.dumps(record))
 
 
-def test_texts_show_the_compared_models_in_one_line_each(tmp_path: Path) -> None:
+def test_texts_show_the_compared_models_in_a_panel_each(tmp_path: Path) -> None:
     export_run(tmp_path, model="scanlm", lr=1e-3, loss=2.0)
     export_run(tmp_path, model="scanlm", lr=1e-2, loss=3.0)
     export_run(tmp_path, model="gpt2", model_type="gpt2")
@@ -752,12 +754,35 @@ def test_texts_show_the_compared_models_in_one_line_each(tmp_path: Path) -> None
     export_score(tmp_path, best, "wikitext103#detokenized", 1.0)
     export_score(tmp_path, other, "wikitext103", 5.0)
     export_score(tmp_path, best, "enwiki2019", 4.0, split="validation")
-    (ax,) = draw(figures.Records(tmp_path)).axes
-    (line,) = ax.get_lines()
-    assert list(line.get_xdata()) == [2.0, 1.0]  # the easiest text on top
-    labels = [label.get_text() for label in ax.get_yticklabels()]
-    assert labels == ["wikitext103, test", "wikitext103#detokenized, test"]
-    assert "and 1 more run" in ax.figure.get_supxlabel()
+    gpt2 = "gpt2-10-gpt2-0.001-s0"
+    export_score(tmp_path, gpt2, "wikitext103#detokenized", 1.5)
+    easy, hard = draw(figures.Records(tmp_path)).axes
+    assert easy.get_title(loc="left") == "wikitext103#detokenized\ntest"
+    assert texts(easy) == ["1.500", "1.000"]  # from below
+    assert texts(hard) == ["2.000"]  # GPT-2 was not scored there
+    assert [label.get_text() for label in easy.get_yticklabels()] == ["GPT-2", "scanlm"]
+    assert "and 2 more runs" in easy.figure.get_supxlabel()
+
+
+def test_ablations_on_text_are_named_by_what_they_change(tmp_path: Path) -> None:
+    from scanlm.config import ScanLMConfig
+
+    plain = ScanLMConfig.preset("base", chunk_size=64).to_dict()
+    for seed, changed, loss in (
+        (0, {}, 2.0),
+        (1, {}, 3.0),
+        (2, {"t1_layers": 2}, 4.0),
+        (3, {"leaf_norm": False, "tie_word_embeddings": True}, 5.0),
+    ):
+        export_run(tmp_path, model="scanlm_base_c64", seed=seed, loss=loss, **{**plain, **changed})
+    (tmp_path / "enwiki2019").rename(tmp_path / "enwiki2019_ablations")
+    (ax,) = figures.FIGURES["text_ablations"](figures.Records(tmp_path)).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "no leaf_norm; tie_word_embeddings",
+        "t1_layers 2",
+        "scanlm_base_c64",
+    ]
+    assert texts(ax) == ["5.000", "4.000", "2.500"]
 
 
 def test_a_long_comparison_wins_over_a_short_one_of_more_models(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def record(folder: Path, kind: str, loss: float) -> None:
         "context": "sliding",
         "stride": 64,
         "seq_len": 128,
-        "config": {"model_type": "scanlm", "chunk_size": 16},
+        "config": {"model_type": "scanlm", "chunk_size": 16, "t1_causal": True},
     }
     run = Run.create("wikitext2", "scanlm_tiny", parameters, 3, root=folder / "runs")
     run.finish(
@@ -137,8 +137,9 @@ def test_tables_hold_what_the_records_say(tmp_path: Path) -> None:
     record(tmp_path, "training", 2.0151)
     record(tmp_path, "evaluation", 2.5)
     training = section(tmp_path, "Training runs")
-    assert cells(training)[:10] == [
-        "scanlm_tiny", "16", "2.5 M", "`wikitext-2`", "600", "1.2 M", "", "3", "2.015", "6.250",
+    assert cells(training)[:11] == [
+        "scanlm_tiny", "16", "t1_causal", "2.5 M", "`wikitext-2`", "600", "1.2 M", "", "3", "2.015",
+        "6.250",
     ]  # fmt: skip
     assert "[record](wikitext2/scanlm_tiny-s3-" in training
     evaluation = section(tmp_path, "Evaluations")

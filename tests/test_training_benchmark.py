@@ -290,6 +290,8 @@ def speeds() -> pd.DataFrame:
         ("scanlm_base_c64", "blelloch", "yes", 64, 3),
         ("gpt2_small", "default", "yes", None, 4),
         ("gpt2_small", "transformers", "no", None, 1),
+        ("gpt2_small", "default", "no", None, 2),
+        ("scanlm_base_c64", "blelloch", "whole", 64, 6),
         ("scanlm_base_c128", "blelloch", "yes", 128, 5),
     ):
         for length in (512, 1024) if chunk != 128 else (512,):
@@ -303,13 +305,22 @@ def speeds() -> pd.DataFrame:
 
 def test_bars_are_of_bare_steps_at_the_first_length() -> None:
     (ax,) = speed.by_model(speeds(), source="from a test").axes
-    assert [patch.get_width() for patch in ax.patches] == [1e5, 3e5, 4e5, 5e5]
+    assert [patch.get_width() for patch in ax.patches] == [1e5, 2e5, 3e5, 4e5, 5e5, 6e5]
     assert [label.get_text() for label in ax.get_yticklabels()] == [
         "gpt2_small, as in transformers, not compiled",
+        "gpt2_small, not compiled",
         "scanlm_base_c64",
         "gpt2_small",
         "scanlm_base_c128",
+        "scanlm_base_c64, compiled whole",
     ]
+
+
+def test_what_all_measurements_have_in_common_is_no_variant() -> None:
+    rows = speeds()
+    (ax,) = speed.by_model(rows[rows["compiled"] == "no"]).axes
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels == ["gpt2_small, as in transformers", "gpt2_small"]
 
 
 def test_lines_over_length_and_chunk_size() -> None:
@@ -318,7 +329,7 @@ def test_lines_over_length_and_chunk_size() -> None:
     assert drawn["scanlm_base_c64"] == [3e5, 1.5e5]
     assert "scanlm_base_c128" not in drawn
     (memory,) = speed.by_length(speeds(), "peak_memory_bytes").axes
-    assert {max(line.get_ydata()) for line in memory.lines} == {1e9, 3e9, 4e9}
+    assert {max(line.get_ydata()) for line in memory.lines} == {1e9, 2e9, 3e9, 4e9, 6e9}
     (chunks,) = speed.by_chunk_size(speeds()).axes
     assert list(chunks.lines[0].get_xdata()) == [64, 128]
     assert list(chunks.lines[0].get_ydata()) == [3e5, 5e5]

@@ -85,7 +85,7 @@ class TrainingSpeedSettings:
         steps: timed, at most.
         seconds: about how long the timed steps of one measurement may take.
         dtype: "float32", "bfloat16" or "float16": of autocast; weights are float32.
-        compile: whether models are compiled; fla's are not, whose kernels are fused by hand.
+        compile: whether models are compiled.
         device: "cuda", "cpu", ...
         checkpointing: recompute activations in the backward pass.
         num_workers: processes that load data, in the parts that do.
@@ -265,7 +265,7 @@ def _first(s: TrainingSpeedSettings, model: str, length: int) -> Work:
         own = int(build_model(model, device="meta").config.chunk_size)  # type: ignore[arg-type]
         chunk = s.chunk_sizes[0] if s.chunk_sizes else own
         model = _sized(model, chunk)
-    compiled = "yes" if s.compile and family in ("scanlm", "gpt2", "window_gpt2") else "no"
+    compiled = "yes" if s.compile else "no"
     batch = max(s.batch_tokens // length, 1)
     return Work("step", model, modes_of(model)[0], compiled, chunk, length, batch)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -321,10 +321,10 @@ def final_values(
 
 
 def scored_texts(runs: pd.DataFrame, source: str | None = None) -> Figure:
-    """Bits per byte of each text, one line of points a text; seeds are a mean.
+    """Bits per byte of each text, a panel a text and a row a model; seeds are a mean.
 
     A byte is the same in every text, which a token and, with other conventions about spaces, a
-    word are not.
+    word are not. Panels span the same range, so that distances can be compared.
 
     Args:
         runs: evaluations, as ``records.read_runs`` has them.
@@ -334,27 +334,32 @@ def scored_texts(runs: pd.DataFrame, source: str | None = None) -> Figure:
         ScanLMError: none of them has the value.
     """
     value = "summary.bits_per_byte"
-    texts = runs["parameters"].map(lambda p: f"{p['corpus']}, {p['split']}")
+    texts = runs["parameters"].map(lambda p: f"{p['corpus']}\n{p['split']}")
     rows = runs.assign(text=texts).reindex(columns=["text", "model", value]).dropna()
     if rows.empty:
         raise ScanLMError("no evaluation with bits per byte: scanlm evaluate RUN --split test")
-    table = rows.pivot_table(index="text", columns="model", values=value)
-    table = table.loc[table.mean(axis=1).sort_values(ascending=False).index]
-    looks = model_styles(list(table.columns))
+    table = rows.pivot_table(index="model", columns="text", values=value)
+    table = table[table.mean().sort_values().index]  # the easiest text first
+    table = table.sort_values(table.columns[0], ascending=False)
+    looks = model_styles(list(table.index))
+    span = 1.25 * (table.max() - table.min()).max() or 1.0
     with style():
-        figure = new_figure(8.6, 0.75 * len(table) + 1.6)
-        ax = figure.subplots()
-        for model, values in table.items():
-            look = looks[str(model)]
-            line: dict[str, Any] = {"ls": "", "marker": look.marker, "color": look.color}
-            ax.plot(values, range(len(table)), ms=7, alpha=0.8, label=look.label, **line)
-        ax.set_yticks(range(len(table)), list(table.index))
-        ax.tick_params(axis="y", length=0)
-        ax.set_ylim(-0.6, len(table) - 0.4)
-        ax.grid(axis="x")
-        ax.set_xlabel(NAME_LABELS["bits_per_byte"])
-        ax.set_title("The same models on several texts")
-        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        figure = new_figure(3.0 * table.shape[1] + 2.2, 0.36 * len(table) + 1.5)
+        axes = figure.subplots(1, table.shape[1], sharey=True, squeeze=False)[0]
+        for ax, (text, values) in zip(axes, table.items(), strict=True):
+            colors = [looks[str(model)].color for model in table.index]
+            ax.scatter(values, range(len(table)), s=42, color=colors, zorder=3)
+            for row, found in enumerate(values):
+                if found == found:  # not every model was scored on every text
+                    note = {"textcoords": "offset points", "va": "center", "color": MUTED}
+                    ax.annotate(f"{found:.3f}", (found, row), (8, 0), fontsize=8.5, **note)
+            middle = (values.max() + values.min()) / 2
+            ax.set_xlim(middle - 0.5 * span, middle + 0.7 * span)
+            ax.set_title(text, fontsize=10)
+            ax.grid(axis="both")
+            ax.tick_params(axis="y", length=0)
+            ax.set_xlabel(NAME_LABELS["bits_per_byte"])
+        axes[0].set_yticks(range(len(table)), [looks[str(model)].label for model in table.index])
         if source:
             caption(figure, source)
     return figure

@@ -30,6 +30,7 @@ from scanlm.plotting.architecture import architecture
 from scanlm.plotting.style import family_of, style
 from scanlm.report_tables import of_kind
 from scanlm.values import natural_key
+from scanlm.variations import change_text, changes
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def source(runs: pd.DataFrame) -> str:
     if others:
         line += f", {sum(name in others for name in devices)} on {' and '.join(others)}"
     names = sorted(set(runs.loc[unscanned(runs), "model"]))
-    note = f"; {', '.join(names)}: the sequence is two chunks, so T1 is never called"
+    note = f"; {', '.join(names)}: at most two chunks a sequence, so T1 is never called"
     return line + (note if names else "")
 
 
@@ -184,13 +185,33 @@ def compared_runs(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.merge(best, on=["model", "lr"])
 
 
-def _comparison(draw: Callable[..., Figure]) -> Callable[[Records], Figure]:
+def _comparison(
+    draw: Callable[..., Figure], experiment: str = "enwiki2019"
+) -> Callable[[Records], Figure]:
     def make(records: Records) -> Figure:
-        runs = compared_runs(records.runs("enwiki2019"))
-        metrics, caption = records.metrics("enwiki2019", runs)
+        runs = compared_runs(records.runs(experiment))
+        metrics, caption = records.metrics(experiment, runs)
         return draw(metrics, source=caption)
 
     return make
+
+
+def _text_ablations(records: Records) -> Figure:
+    """Runs of one model that differ in one thing each, and equal ones with another seed."""
+    runs = of_kind(records.runs("enwiki2019_ablations"), "training")
+    if runs.empty:
+        raise NoRecords("no finished training among the records of enwiki2019_ablations")
+    metrics, caption = records.metrics("enwiki2019_ablations", runs)
+    names = {
+        run["run_id"]: "; ".join(
+            change_text(*change) for change in changes(run["model"], run["parameters"]).items()
+        )
+        for _, run in runs.iterrows()
+    }
+    named = metrics["run_id"].map(names)
+    return comparison.final_values(
+        metrics.assign(model=named.where(named != "", metrics["model"])), source=caption
+    )
 
 
 def _differences(records: Records) -> Figure:
@@ -438,7 +459,12 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "reading_the_past": lambda _: comparison.reading_the_past(),
     "comparison": _comparison(partial(comparison.cost_curves, xs=("tokens", "flops", "seconds"))),
     "comparison_final": _comparison(comparison.final_values),
+    "comparison_small": _comparison(
+        partial(comparison.cost_curves, xs=("tokens", "flops")), "enwiki2019_small"
+    ),
+    "comparison_small_final": _comparison(comparison.final_values, "enwiki2019_small"),
     "comparison_positions": _differences,
+    "text_ablations": _text_ablations,
     "comparison_texts": _scored_texts,
     "state_bytes": _state_bytes,
     "inference_speed": _inference(inference.timeline, "original"),

@@ -28,14 +28,15 @@ def measured(metrics: pd.DataFrame, part: str = "step") -> pd.DataFrame:
     if rows.empty:
         known = ", ".join(map(str, metrics["part"].dropna().unique()))
         raise ScanLMError(f"the records have no part {part!r}; they have: {known}")
-    return rows.assign(variant=rows.apply(_variant, axis=1))
+    told = rows["compiled"].nunique() > 1
+    return rows.assign(variant=rows.apply(_variant, axis=1, compilation=told))
 
 
-def _variant(row: pd.Series) -> str:
+def _variant(row: pd.Series, compilation: bool) -> str:
     words = [str(row["model"])]
     if row["mode"] not in PLAIN_MODES:
         words.append(MODE_NAMES.get(row["mode"], str(row["mode"])))
-    if row["compiled"] == "no" and row["mode"] in ("blelloch", "transformers"):
+    if row["compiled"] == "no" and compilation:
         words.append("not compiled")
     if row["compiled"] == "whole":
         words.append("compiled whole")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from scanlm.errors import ScanLMError
 from scanlm.plotting.state_tracking import run_label
+from scanlm.variations import change_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,13 +59,6 @@ def _stage_text(field: str, values: list[Any], was: list[Any], lengths: list[int
     return "; ".join(texts)
 
 
-def _text(name: str, value: Any) -> str:
-    field = name.rpartition(".")[2]
-    if isinstance(value, bool):
-        return f"{field}" if value else f"no {field}"
-    return f"{field} {value}"
-
-
 def difference(recipe: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """What a run does unlike the recipe, in a few words.
 
@@ -97,12 +91,12 @@ def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
         return "the original's setting"
     lengths = b["stages.length"]
     if "stages.length" in names:  # other stages have other columns throughout
-        rest = [_text(n, b[n]) for n in names if not n.startswith("stages.")]
+        rest = [change_text(n, b[n]) for n in names if not n.startswith("stages.")]
         return "; ".join([f"lengths {lengths[0]} to {lengths[-1]}", *rest])
     return "; ".join(
         _stage_text(name.removeprefix("stages."), b[name], a[name], lengths)
         if name.startswith("stages.")
-        else _text(name, b[name])
+        else change_text(name, b[name])
         for name in names
     )
 

@@ -17,6 +17,9 @@ FAINT = "#D5D9DF"
 PAPER = "#FFFFFF"
 
 
+LineStyle = str | tuple[float, tuple[float, ...]]  # as matplotlib has them
+
+
 @dataclass(frozen=True)
 class FamilyStyle:
     """How the curves of one model family are drawn, in every figure."""
@@ -24,7 +27,7 @@ class FamilyStyle:
     label: str
     color: str
     marker: str
-    linestyle: str = "-"
+    linestyle: LineStyle = "-"
 
 
 # Okabe and Ito's colour-blind-safe palette; relatives share a hue and differ in line style
@@ -38,6 +41,10 @@ FAMILIES: dict[str, FamilyStyle] = {
 }
 # for series that are no family of their own: chunk sizes, unknown models
 EXTRA_COLORS = ("#56B4E9", "#E69F00", "#7A5195", "#8A6D3B", "#BC5090", "#2F9E9E")
+
+# of the members of a family, in turn
+DASHES: tuple[LineStyle, ...] = ("-", "--", ":", "-.", (0, (7, 2, 1, 2, 1, 2)), (0, (9, 5)))
+MARKERS = ("P", "X", "*", "p", "d")
 
 T0_COLOR, T1_COLOR, T2_COLOR = "#7C8794", "#D55E00", "#0072B2"
 
@@ -103,7 +110,6 @@ def model_styles(models: list[str]) -> dict[str, FamilyStyle]:
 
     Ids of no known family get the extra colours in order of appearance.
     """
-    dashes, markers = ("-", "--", ":", "-."), ("P", "X", "*")
     seen: dict[str, int] = {}
     styles = {}
     for model in models:
@@ -115,8 +121,8 @@ def model_styles(models: list[str]) -> dict[str, FamilyStyle]:
             continue
         base = FAMILIES[family]
         count = seen[family] = seen.get(family, -1) + 1
-        line = base.linestyle if count == 0 else dashes[(dashes.index(base.linestyle) + count) % 4]
-        marker = base.marker if count == 0 else markers[(count - 1) % len(markers)]
+        line = DASHES[(DASHES.index(base.linestyle) + count) % len(DASHES)]
+        marker = base.marker if count == 0 else MARKERS[(count - 1) % len(MARKERS)]
         label = base.label if model == family else model
         styles[model] = FamilyStyle(label, base.color, marker, line)
     return styles

@@ -109,8 +109,9 @@ class _Trainee:
         if path.exists():
             self._resume(path)
         self.last_step = math.inf if max_steps is None else self.learner.step + max_steps
-        # what comes after the checkpoint (without one: everything) is measured again
-        record.truncate(after_step=self.learner.step)
+        # what comes after the checkpoint (without one: everything) is measured again, and so is an
+        # evaluation that was written down before its run was finished
+        record.truncate(after_step=self.learner.step, splits=("train", "validation"))
         if not self.trained:
             self.learner.begin_stage(self.stage, self.stage_step)
 

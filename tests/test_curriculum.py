@@ -495,21 +495,26 @@ def test_a_run_begun_again_without_a_checkpoint_has_every_row_once(
     assert _metrics(again.folder) == _metrics(whole.folder)
 
 
+@pytest.mark.parametrize("moment", ["evaluated in part", "written down"])
 def test_an_evaluation_begun_again_has_every_row_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    settings = preset_settings("smoke", [*TINY, "eval_precisions=[fp32, bf16]"])
+    probed = ["eval_precisions=[fp32, bf16]", "eval_probe_length=16", "eval_probe_words=8"]
+    settings = preset_settings("smoke", [*TINY, *probed])
     whole = train(settings, root=tmp_path / "whole", device="cpu")
 
     def interrupted(*args: Any) -> Any:
-        if "bf16" in args:
+        if moment == "written down" or "bf16" in args:
             raise KeyboardInterrupt
         return evaluate_lengths(*args)
 
-    monkeypatch.setattr(curriculum, "evaluate_lengths", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(settings, root=tmp_path / "part", device="cpu")
-    monkeypatch.setattr(curriculum, "evaluate_lengths", evaluate_lengths)
+    place = (Run, "finish") if moment == "written down" else (curriculum, "evaluate_lengths")
+    with monkeypatch.context() as patched:
+        patched.setattr(*place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, root=tmp_path / "part", device="cpu")
+    part = curriculum.record_folder(settings, tmp_path / "part")
+    assert (len(_metrics(part)) == len(_metrics(whole.folder))) == (moment == "written down")
     again = train(settings, root=tmp_path / "part", device="cpu")
     assert _metrics(again.folder) == _metrics(whole.folder)
 

@@ -6,6 +6,9 @@ logits, gradients and logits of single decoding steps are compared with plain to
 far plain torch itself is off in the same precision says what error the precision explains: the
 fused model may be ``FACTOR`` times as far off, and ``FLOOR`` more.
 
+Which variant of a kernel runs is chosen by timing, so ``variants`` looks at each of them
+(``scanlm.kernel_variants``), in bfloat16.
+
 Errors are relative, ``|x - reference| / |reference|`` over all numbers at once. "tf32" is float32
 with products in TF32 in both models, since the fused kernels multiply so whatever torch is told;
 "bfloat16" is autocast over float32 weights, as in training.
@@ -16,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +27,7 @@ import typer
 
 from scanlm.baselines import ModelEntry, load_entry, make_config
 from scanlm.errors import ScanLMError
+from scanlm.kernel_variants import each_variant, tuned_kernels
 from scanlm.records import Run
 
 MODELS = "gla_170M,gla_170M_baseline,gated_deltanet_170M,gated_deltanet_170M_baseline"
@@ -146,15 +151,22 @@ def measure(
     build_plain: Build,
     build_fused: Build,
     log: Callable[..., None],
+    variants: bool = False,
 ) -> list[str]:
     """Compare one model's two implementations; metrics go to ``log(name, value, **axes)``.
+
+    Args:
+        entry: the model.
+        ids: tokens ``(b, t)``.
+        build_plain, build_fused: make the two.
+        log: takes the metrics.
+        variants: also look at every variant of every tuned kernel, one at a time.
 
     Returns:
         What disagrees or could not run, as text.
     """
     import torch
 
-    from scanlm.dcp import one_line
     from scanlm.fused import plain_classes
 
     config = make_config(plain_classes(entry.family)[0], entry.config)
@@ -179,18 +191,41 @@ def measure(
         own = compare(reference, outputs(plain, ids, precision))
         for name, value in own.items():
             log(name, value, model=entry.id, dtype=precision, implementation="torch")
-        try:
-            errors = compare(reference, outputs(fused, ids, precision))
-        except ScanLMError:
-            raise
-        # kernels refuse types and devices, and fail to compile, in many ways
-        except Exception as error:
-            problems.append(f"{entry.id}: {precision}: {one_line(error)}")
+        judge = partial(_judge, entry.id, fused, ids, reference, precision, own, log)
+        if not (variants and precision == "bfloat16"):
+            problems += judge()
             continue
-        for name, value in errors.items():
-            log(name, value, model=entry.id, dtype=precision, implementation="fused")
-        problems += [f"{entry.id}: {line}" for line in disagreements(errors, own, precision)]
+        with tuned_kernels() as found:
+            problems += judge()
+        for kernel, variant in each_variant(found):
+            problems += judge(kernel=kernel, variant=variant)
     return problems
+
+
+def _judge(
+    name: str,
+    fused: Any,
+    ids: Any,
+    reference: Outputs,
+    precision: str,
+    own: Mapping[str, float],
+    log: Callable[..., None],
+    **axes: str,
+) -> list[str]:
+    """Log the fused model's errors, as it is set up now; what they say, as text."""
+    from scanlm.dcp import one_line
+
+    who = ": ".join([name, *axes.values()])
+    try:
+        errors = compare(reference, outputs(fused, ids, precision))
+    except ScanLMError:
+        raise
+    # kernels refuse types and devices, and fail to compile, in many ways
+    except Exception as error:
+        return [f"{who}: {precision}: {one_line(error)}"]
+    for metric, value in errors.items():
+        log(metric, value, model=name, dtype=precision, implementation="fused", **axes)
+    return [f"{who}: {line}" for line in disagreements(errors, own, precision)]
 
 
 def parity(
@@ -199,6 +234,7 @@ def parity(
     tokens: int = 512,
     seed: int = 0,
     root: str | Path = "data/runs",
+    variants: bool = False,
     device: str = "cuda",
     build_fused: Build | None = None,
 ) -> Run:
@@ -209,6 +245,7 @@ def parity(
         batch_size, tokens: of the random batch.
         seed: of weights and tokens.
         root: folder of all runs.
+        variants: also look at every variant of every tuned kernel, which takes minutes.
         device: where both run.
         build_fused: makes the model in the fused model's place.
 
@@ -238,7 +275,9 @@ def parity(
         for family in sorted({entry.family for entry in entries}):
             fused.fused_classes(family)
     build_fused = build_fused or _build_fused
-    parameters = {"models": models, "batch_size": batch_size, "tokens": tokens}
+    parameters: dict[str, Any] = {"models": models, "batch_size": batch_size, "tokens": tokens}
+    if variants:
+        parameters["variants"] = True
     run = Run.create("parity", "linear_attention", parameters, seed, root, resume=False)
     problems: list[str] = []
 
@@ -250,7 +289,7 @@ def parity(
             torch.manual_seed(seed)
             size = entry.config["vocab_size"]
             ids = torch.randint(size, (batch_size, tokens), device=device)
-            problems += measure(entry, ids, _build_plain, build_fused, log)
+            problems += measure(entry, ids, _build_plain, build_fused, log, variants)
         run.finish({"problems": problems, "agree": not problems})
     return run
 
@@ -282,6 +321,9 @@ def main(
     batch: Annotated[int, typer.Option(help="sequences")] = 2,
     tokens: Annotated[int, typer.Option(help="tokens a sequence")] = 512,
     seed: Annotated[int, typer.Option(help="of weights and tokens")] = 0,
+    variants: Annotated[
+        bool, typer.Option("--variants", help="every variant of every tuned kernel, too")
+    ] = False,
     out: Annotated[Path, typer.Option(help="folder of the records")] = Path("data/runs"),
 ) -> None:
     """Compare fused kernels with plain torch on a GPU: the same logits and gradients?
@@ -291,7 +333,7 @@ def main(
       python -m scanlm.parity --models gla_170M --tokens 512
     """
     try:
-        run = parity(models.replace(",", " ").split(), batch, tokens, seed, out)
+        run = parity(models.replace(",", " ").split(), batch, tokens, seed, out, variants)
     except ScanLMError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None

@@ -131,3 +131,51 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
     assert "disagree: gla_tiny: tf32: logits_relative_error" in result.output
+
+
+def tuned_scale(factors: list[float]) -> Any:
+    """A kernel for CPU tests that multiplies by its configuration's factor, tuned by Triton."""
+    from triton import Config
+    from triton.runtime.autotuner import Autotuner
+
+    def scale_kernel(x: Any, factor: float) -> Any:
+        return x * factor
+
+    class Function:
+        fn = staticmethod(scale_kernel)
+
+        @staticmethod
+        def run(x: Any, **config: Any) -> Any:
+            return scale_kernel(x, config["factor"])
+
+    configs = [Config({"factor": factor}) for factor in factors]
+    kernel = Autotuner(Function, ["x"], configs, [], None, None)
+    # the first is always the fastest; factors of 0 cannot be launched
+    kernel._bench = lambda *_, config, **__: (
+        float("inf") if config.kwargs["factor"] == 0 else float(configs.index(config))
+    )
+    return kernel
+
+
+def test_every_variant_of_a_tuned_kernel_is_looked_at(tmp_path: Path) -> None:
+    kernel = tuned_scale([1.0, 0.0, 1.5])
+
+    def build(family: str, config: Any) -> Any:
+        model = plain(family, config)
+        model.lm_head.register_forward_hook(lambda module, inputs, logits: kernel.run(logits))
+        return model
+
+    kernel.run(torch.ones(1))  # tuned before
+    done = parity(["gla_tiny"], 2, 40, 0, tmp_path, variants=True, device="cpu", build_fused=build)
+    metrics = read_metrics(done.folder)
+    variants = metrics[metrics["variant"].notna()]
+    assert set(variants["kernel"]) == {"scale_kernel"}
+    assert {text.partition(",")[0] for text in variants["variant"]} == {
+        "factor: 1.0",
+        "factor: 1.5",
+    }
+    problems = done.summary["problems"]
+    assert problems
+    for line in problems:
+        assert line.startswith("gla_tiny: scale_kernel: factor: 1.5")
+    assert kernel.run(torch.ones(1)) == 1.0  # as it was tuned

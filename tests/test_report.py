@@ -227,7 +227,16 @@ def test_a_table_of_kernels_against_plain_torch(tmp_path: Path) -> None:
     ]
     exported(tmp_path, run, *metrics)
     row = cells(section(tmp_path, "Fused kernels against plain torch"))
-    assert row[:9] == ["gla", "tf32", *["0.0100", "0.0200"] * 3, "no"]
+    assert row[:10] == ["gla", "tf32", *["0.0100", "0.0200"] * 3, "", "no"]
+    run = Run.create("parity", "linear_attention", {"variants": True}, 0, root=tmp_path / "runs")
+    for error in (0.3, 0.1):
+        axes = {"model": "gla", "dtype": "tf32", "implementation": "fused", "variant": str(error)}
+        metrics.append(("gradient_relative_error", error, {**axes, "kernel": "k"}))
+    exported(tmp_path, run, *metrics)
+    table = section(tmp_path, "Fused kernels against plain torch")
+    assert [*["0.0100", "0.0200"] * 3, "2, up to 0.3000", "no"] in [
+        cells(table, place)[2:10] for place in (-1, -2)
+    ]
 
 
 @pytest.mark.parametrize("experiment", ["wikitext2", "enwiki2019", "s5", "inference", "parity"])

@@ -369,8 +369,8 @@ TABLES = (
         "Fused kernels against plain torch",
         "Relative errors against plain torch in float64 of the fused kernels and, to compare, of "
         "plain torch in the same precision. The kernels' products are at most TF32: there is "
-        "nothing to compare in strict float32. Variants: how many configurations of the tuned kernels "
-        "were looked at one at a time, and the largest gradient error among them.",
+        "nothing to compare in strict float32. Variants: how many configurations of the tuned "
+        "kernels were looked at one at a time, and the largest gradient error among them.",
         _parity,
     ),
 )

@@ -100,7 +100,7 @@ def test_every_ablation_differs_from_the_recipe_and_has_three_seeds() -> None:
     assert set(kinds.values()) == {3}
     evaluated = {"eval_precisions": ["bf16"]}
     assert without_seed(preset_settings("paper", evaluated)) not in kinds
-    assert without_seed(preset_settings("original", evaluated)) in kinds
+    assert without_seed(preset_settings("original", evaluated | {"compile": True})) in kinds
     scan = [s for s in listed if s.seed == 0]
     assert {s.stages[-1].length for s in scan} == {8, 16, 32}
     assert {s.stages[0].length for s in scan} == {2, 3, 4}

@@ -155,6 +155,16 @@ def test_the_search_covers_every_family_of_the_comparison() -> None:
     assert {s.experiment for s in listed} == {"enwiki2019_lr"}  # never mixed with the comparison
 
 
+def small_search() -> list[tuple[SweepRun, TrainingSettings]]:
+    return [(run, training(run)) for run in runs("small_lr")]
+
+
+def test_the_small_study_searches_three_rates_for_each_family_but_the_window() -> None:
+    rates = Counter(s.model for _, s in small_search())
+    models = {training(run).model for run in runs("small_seeds")}
+    assert rates == dict.fromkeys(models - {"window_gpt2_small"}, 3)
+
+
 def test_the_small_study_has_models_of_one_size_and_three_seeds() -> None:
     listed = runs("small_seeds")
     sizes = {training(run).model: run.sizes["num_parameters"] for run in listed}
@@ -163,5 +173,10 @@ def test_the_small_study_has_models_of_one_size_and_three_seeds() -> None:
     assert all(20e6 < size < 30e6 for size in sizes.values())
     assert Counter(training(run).model for run in listed) == dict.fromkeys(sizes, 3)
     assert {training(run).seed for run in listed} == {0, 1, 2}
+    searched = {(run.sizes["num_parameters"], s.model, s.lr) for run, s in small_search()}
+    for run in listed:  # with a rate that was searched for this very model; the window has GPT-2's
+        s = training(run)
+        model = s.model.replace("window_gpt2_small", "gpt2_small_wikitext103_nodrop")
+        assert (run.sizes["num_parameters"], model, s.lr) in searched
     text = (FOLDER / "small_seeds.yaml").read_text()
     assert all(f"{model}  # {size:,}" in text for model, size in sizes.items())

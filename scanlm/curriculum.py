@@ -111,7 +111,8 @@ class _Trainee:
         self.last_step = math.inf if max_steps is None else self.learner.step + max_steps
         # what comes after the checkpoint (without one: everything) is measured again, and so is an
         # evaluation that was written down before its run was finished
-        record.truncate(after_step=self.learner.step, splits=("train", "validation"))
+        record.truncate(after_step=self.learner.step)
+        record.drop(lambda metric: metric.get("split") not in ("train", "validation"))
         if not self.trained:
             self.learner.begin_stage(self.stage, self.stage_step)
 
@@ -346,6 +347,8 @@ def train_many(
         ScanLMError: a setting is out of range, a model that cannot be built, a run is asked for
             twice or written by another process, a device that is not there, or a checkpoint that
             is damaged or of another curriculum. Nothing has been trained then.
+        Exception: what the evaluation of a run raised, after all others were trained and evaluated;
+            the same call evaluates it again.
         KeyboardInterrupt: once the steps that had begun are done and every run is saved. Records
             say "interrupted" then, as they do after ``max_seconds``; of another error, "failed".
     """
@@ -377,6 +380,7 @@ def train_many(
                 held.enter_context(record.failures_recorded())
             opened.append(record)
         trainees: list[_Trainee] | None = None
+        errors: list[Exception] = []
         while trainees is None or any(t.can_go_on for t in trainees):
             with held_interrupts() as interrupted:
                 if trainees is None:
@@ -390,17 +394,15 @@ def train_many(
                 )
                 if interrupted():
                     raise KeyboardInterrupt
+            errors += _evaluate_trained(trainees, save_weights, time_is_up, say)
             if time_is_up():
                 break
-            # evaluated while the others wait, saved: a run that is done is not lost with them
-            for t in [t for t in trainees if t.trained]:
-                t.finish(save_weights)
-                say(f"{_state(t)}; evaluated\nrun: {t.record.folder}")
-                trainees.remove(t)  # with its graphs' memory
         for t in trainees:
             if not t.diverged:
                 t.record.fail("interrupted", f"stopped after step {t.learner.step}")
                 say(f"{_state(t)}; saved, the same command goes on\nrun: {t.record.folder}")
+    if errors:
+        raise errors[0]
     return opened
 
 
@@ -428,6 +430,33 @@ def _train_until_one_ends(
             _save_all(trainees)  # which may end a run's training
             saved_at = time.perf_counter()
     _save_all(trainees)
+
+
+def _evaluate_trained(
+    trainees: list[_Trainee],
+    save_weights: str,
+    time_is_up: Callable[[], bool],
+    say: Callable[[str], None],
+) -> list[Exception]:
+    """Finish the runs that are through their stages, while the others wait, saved.
+
+    They leave the list, and with it the memory of their graphs. What one raises is recorded as its
+    own failure and returned; its checkpoint stays.
+    """
+    errors: list[Exception] = []
+    for t in [t for t in trainees if t.trained]:
+        if time_is_up():
+            break
+        trainees.remove(t)
+        try:
+            t.finish(save_weights)
+        except Exception as error:
+            t.record.fail("failed", str(error) or type(error).__name__)
+            errors.append(error.with_traceback(None))  # which would keep the learner alive
+            say(f"{_state(t)}; not evaluated: {error}\nrun: {t.record.folder}")
+        else:
+            say(f"{_state(t)}; evaluated\nrun: {t.record.folder}")
+    return errors
 
 
 def _no_weights(record: Run, save_weights: str) -> str:

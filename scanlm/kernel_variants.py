@@ -13,60 +13,59 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+Found = dict[Any, dict[Any, list[Any]]]
+
 
 @contextmanager
-def tuned_kernels() -> Iterator[dict[Any, list[Any]]]:
+def tuned_kernels() -> Iterator[Found]:
     """Collect the kernels that are tuned in the ``with`` block, and what each may choose from.
 
     Yields:
-        Filled as kernels are called: Triton's ``Autotuner`` -> its configurations, without those
-        that it rules out for the arguments it was called with. Kernels that were tuned before are
-        tuned again.
+        Filled as kernels are called: Triton's ``Autotuner`` -> kind of arguments (the tuner's key)
+        -> configurations that it could time: not those that it rules out, nor those that need more
+        shared memory than there is. Kernels that were tuned before are tuned again.
     """
     from triton.runtime.autotuner import Autotuner
 
-    found: dict[Any, list[Any]] = {}
-    prune, run = Autotuner.prune_configs, Autotuner.run
+    found: Found = {}
+    run = Autotuner.run
 
     def remember(self: Any, *args: Any, **kwargs: Any) -> Any:
-        allowed = prune(self, *args, **kwargs)
-        # a kernel may be tuned for several kinds of arguments: what is allowed for all of them
-        found[self] = [c for c in found.get(self, allowed) if c in allowed]
-        return allowed
+        kinds = found.setdefault(self, {})
+        for key in set(self.cache) - set(kinds):  # tuned before
+            del self.cache[key]
+        result = run(self, *args, **kwargs)
+        for key in set(self.cache) - set(kinds):
+            kinds[key] = [c for c, time in self.configs_timings.items() if _finite(time)]
+        return result
 
-    def again(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self not in found:
-            self.cache.clear()
-        return run(self, *args, **kwargs)
-
-    Autotuner.prune_configs, Autotuner.run = remember, again
+    Autotuner.run = remember
     try:
         yield found
     finally:
-        Autotuner.prune_configs, Autotuner.run = prune, run
+        Autotuner.run = run
 
 
-def each_variant(found: dict[Any, list[Any]]) -> Iterator[tuple[str, str]]:
+def each_variant(found: Found) -> Iterator[tuple[str, str]]:
     """Let one kernel after the other run as each of its variants, the others as they were tuned.
 
     Args:
         found: of ``tuned_kernels``.
 
     Yields:
-        The kernel's name and the configuration that it runs with until the next one is asked for.
+        The kernel's name and the configuration that it runs with, wherever it can, until the next
+        one is asked for.
     """
-    for kernel, configs in found.items():
+    for kernel, kinds in found.items():
         chosen = dict(kernel.cache)
         try:
-            for config in configs:
-                if _ran(kernel, config):
-                    kernel.cache.update(dict.fromkeys(chosen, config))
-                    yield kernel.base_fn.__name__, str(config)
+            for config in dict.fromkeys(c for configs in kinds.values() for c in configs):
+                possible = [key for key, configs in kinds.items() if config in configs]
+                kernel.cache.update(chosen | dict.fromkeys(possible, config))
+                yield kernel.base_fn.__name__, str(config)
         finally:
             kernel.cache.update(chosen)
 
 
-def _ran(kernel: Any, config: Any) -> bool:
-    """Whether tuning could time it; some need more shared memory than there is."""
-    time = kernel.configs_timings.get(config, 0.0)
+def _finite(time: Any) -> bool:
     return math.isfinite(min(time) if isinstance(time, list | tuple) else time)

@@ -145,6 +145,11 @@ def disagreements(
     return found
 
 
+def agrees(fused: Mapping[str, float], plain: Mapping[str, float], precision: str) -> bool:
+    """Whether there are errors of the fused model, and the precision explains them all."""
+    return plain.keys() <= fused.keys() and not disagreements(fused, plain, precision)
+
+
 def measure(
     entry: ModelEntry,
     ids: Any,
@@ -222,6 +227,7 @@ def _judge(
         raise
     # kernels refuse types and devices, and fail to compile, in many ways
     except Exception as error:
+        log("failed", 1, model=name, dtype=precision, implementation="fused", **axes)
         return [f"{who}: {precision}: {one_line(error)}"]
     for metric, value in errors.items():
         log(metric, value, model=name, dtype=precision, implementation="fused", **axes)

@@ -21,7 +21,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -204,23 +204,17 @@ class Run:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def truncate(self, after_step: int, splits: Collection[str] | None = None) -> None:
-        """Drop metrics that will be measured again.
+    def truncate(self, after_step: int) -> None:
+        """Drop metrics of steps after ``after_step``: they will be measured again."""
+        self.drop(lambda metric: (metric.get("step") or 0) > after_step)
 
-        Args:
-            after_step: those of later steps.
-            splits: and those of no split, or of another one than these. ``None``: keep them.
-        """
+    def drop(self, again: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Drop metrics that will be measured again: those that ``again`` picks, as logged."""
         self._check_open()
         path = self.folder / METRICS_FILE
-        if not path.is_file():
-            return
-        kept = [
-            m
-            for m in _read_lines(path)
-            if (m.get("step") or 0) <= after_step and (splits is None or m.get("split") in splits)
-        ]
-        _write(path, "".join(json.dumps(metric) + "\n" for metric in kept))
+        if path.is_file():
+            kept = [metric for metric in _read_lines(path) if not again(metric)]
+            _write(path, "".join(json.dumps(metric) + "\n" for metric in kept))
 
     def finish(self, summary: Mapping[str, Any], status: str = "finished") -> None:
         """Write the final figures and how the run ended."""

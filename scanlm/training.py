@@ -288,6 +288,7 @@ class _Session:
             return
         s, part = self.settings, self.tokens["validation"]
         axes = self._axes("validation")
+        self.run.drop(lambda metric: "position" in metric)  # of a finish that was cut short
         for position, loss, count in zip(
             result.positions, result.loss_by_position, result.counts_by_position, strict=True
         ):

@@ -8,7 +8,7 @@ from typing import Any
 
 from scanlm.errors import ScanLMError
 
-# fields that say nothing of what is computed, or that a run tells elsewhere (its dropout)
+# fields that say nothing of what is computed, or that a run has as one setting (its dropout)
 UNTOLD = ("vocab_size", "train_mode", "use_cache", "dropout")
 
 
@@ -28,7 +28,8 @@ def changes(model: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
         parameters: of a training record.
 
     Returns:
-        Changed fields of the configuration, and ``half_residual`` if it is off, with their values.
+        Changed fields of the configuration, ``half_residual`` if it is off, and a ``dropout`` in
+        training (the registry's models are compared without), with their values.
     """
     config = parameters.get("config") or {}
     found = {
@@ -38,6 +39,8 @@ def changes(model: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
     }
     if parameters.get("half_residual") is False:
         found["half_residual"] = False
+    if parameters.get("dropout"):
+        found["dropout"] = parameters["dropout"]
     return found
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -467,9 +468,56 @@ def test_a_run_that_ends_first_is_recorded_whatever_becomes_of_the_others(tmp_pa
         train_many([short, long], root=tmp_path / "cut", device="cpu", progress=killed)
     states = [_status(one.folder, tmp_path / "cut") for one in whole]
     assert states == ["finished", "failed"]
+    last = max(row["step"] for row in _metrics(curriculum.record_folder(long, tmp_path / "cut")))
+    assert last < whole[1].summary["steps"]  # it was not through
     again = train_many([short, long], root=tmp_path / "cut", device="cpu")
     for one, other in zip(whole, again, strict=True):
         assert _metrics(one.folder) == _metrics(other.folder)
+
+
+def test_an_evaluation_that_fails_keeps_no_other_run_from_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = preset_settings("smoke", TINY, seed=0)
+    long = preset_settings("smoke", [*TINY, "stages.-1.max_steps=30"], seed=1)
+    finish = curriculum._Trainee.finish
+
+    def out_of_memory(trainee: Any, *args: Any) -> None:
+        if trainee.settings.seed == 0:
+            raise RuntimeError("out of memory")
+        finish(trainee, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(curriculum._Trainee, "finish", out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            train_many([short, long], root=tmp_path, device="cpu")
+    folders = [curriculum.record_folder(one, tmp_path) for one in (short, long)]
+    assert [_status(folder) for folder in folders] == ["failed", "finished"]
+    assert Run.open(folders[0]).info["message"] == "out of memory"
+    again = train_many([short, long], root=tmp_path, device="cpu")  # trained already
+    assert [record.status for record in again] == ["finished"] * 2
+
+
+def test_no_evaluation_begins_when_the_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = [preset_settings("smoke", TINY, seed=seed) for seed in (0, 1)]
+    finish, waited = curriculum._Trainee.finish, 0.0
+
+    def slow(trainee: Any, *args: Any) -> None:
+        nonlocal waited
+        waited += 3600.0
+        finish(trainee, *args)
+
+    clock = time.perf_counter
+    monkeypatch.setattr(curriculum._Trainee, "finish", slow)
+    monkeypatch.setattr(curriculum.time, "perf_counter", lambda: clock() + waited)
+    # both are read, and so through, when it is time to save
+    monkeypatch.setattr(curriculum._Trainee, "ready", lambda self: False)
+    records = train_many(
+        both, root=tmp_path, device="cpu", max_seconds=1800, checkpoint_seconds=0.0
+    )
+    assert [record.status for record in records] == ["finished", "interrupted"]
 
 
 @pytest.mark.parametrize("ended", ["killed", "diverged"])

@@ -80,7 +80,8 @@ def test_kernels_that_refuse_are_a_problem_not_an_end(tmp_path: Path) -> None:
         f"gla_tiny: {precision}: RuntimeError: gated backward is wrong on this GPU"
         for precision in ("tf32", "bfloat16")
     ]
-    assert set(read_metrics(done.folder)["implementation"]) == {"torch"}
+    metrics = read_metrics(done.folder)
+    assert set(metrics.loc[metrics["implementation"] == "fused", "name"]) == {"failed"}
 
 
 def test_a_nan_is_no_agreement() -> None:
@@ -179,3 +180,27 @@ def test_every_variant_of_a_tuned_kernel_is_looked_at(tmp_path: Path) -> None:
     for line in problems:
         assert line.startswith("gla_tiny: scale_kernel: factor: 1.5")
     assert kernel.run(torch.ones(1)) == 1.0  # as it was tuned
+
+
+def test_a_variant_runs_for_the_arguments_that_it_is_possible_for() -> None:
+    from triton.runtime.autotuner import Autotuner
+
+    kernel = tuned_scale([2.0, 3.0, 5.0])
+    kernel.keys = ["x"]  # tuned for each x
+    first, second, third = kernel.configs
+    possible = {1.0: {first: 2.0, second: 1.0}, 10.0: {first: 1.0, third: 3.0}}
+    kernel.prune_configs = lambda kwargs: list(possible[kernel.nargs["x"]])
+    kernel._bench = lambda x, config, **_: possible[x][config]
+    with module.tuned_kernels() as found:
+        assert (kernel.run(1.0), kernel.run(10.0)) == (3.0, 20.0)
+    assert Autotuner.run.__name__ == "run"
+    seen = [
+        (variant.partition(",")[0], kernel.run(1.0), kernel.run(10.0))
+        for _, variant in module.each_variant(found)
+    ]
+    assert sorted(seen) == [
+        ("factor: 2.0", 2.0, 20.0),
+        ("factor: 3.0", 3.0, 20.0),  # impossible for the second: as it was tuned
+        ("factor: 5.0", 3.0, 50.0),
+    ]
+    assert (kernel.run(1.0), kernel.run(10.0)) == (3.0, 20.0)

@@ -705,7 +705,7 @@ def test_a_caption_names_every_device(tmp_path: Path) -> None:
     figure = figures.FIGURES["comparison_final"](figures.Records(tmp_path))
     note = " ".join(figure.get_supxlabel().split())
     assert "; an H100; " in note
-    assert note.endswith("and 3 more runs, 2 on an H200")
+    assert note.endswith("and 3 more runs; b, c on an H200")
 
 
 def test_curves_of_training_are_of_runs_that_were_trained(tmp_path: Path) -> None:
@@ -722,7 +722,7 @@ def test_curves_of_training_are_of_runs_that_were_trained(tmp_path: Path) -> Non
     assert "more run" not in caption
 
 
-def export_score(folder: Path, of: str, corpus: str, bits: float, **parameters: str) -> None:
+def export_score(folder: Path, of: str, corpus: str, bits: float, **parameters: object) -> None:
     """An exported evaluation of a run of ``export_run``."""
     known = {"kind": "evaluation", "target": of, "context": "blocks", "split": "test"}
     record = {
@@ -732,6 +732,7 @@ def export_score(folder: Path, of: str, corpus: str, bits: float, **parameters: 
         "seed": 0,
         "parameters": {**known, "corpus": corpus, **parameters},
         "status": "finished",
+        "started": f"2026-01-01T00:00:{len(list(folder.glob('*/*'))):02d}Z",
         "device": {"name": "a device"},
         "summary": {"bits_per_byte": bits},
         "metrics": [],
@@ -750,7 +751,10 @@ def test_texts_show_the_compared_models_in_a_panel_each(tmp_path: Path) -> None:
     export_score(tmp_path, best, "wikitext103", 9.0, context="sliding")
     with pytest.raises(figures.NoRecords, match="no compared model was scored"):
         draw(figures.Records(tmp_path))
-    export_score(tmp_path, best, "wikitext103", 2.0)
+    export_score(tmp_path, best, "wikitext103", 9.0)
+    export_score(tmp_path, best, "wikitext103", 2.0, precision="bf16")  # scored again
+    for different in ({"max_tokens": 100}, {"original_positions": True}, {"chunk_size": 8}):
+        export_score(tmp_path, best, "wikitext103", 9.0, **different)
     export_score(tmp_path, best, "wikitext103#detokenized", 1.0)
     export_score(tmp_path, other, "wikitext103", 5.0)
     export_score(tmp_path, best, "enwiki2019", 4.0, split="validation")
@@ -775,6 +779,8 @@ def test_ablations_on_text_are_named_by_what_they_change(tmp_path: Path) -> None
         (3, {"leaf_norm": False, "tie_word_embeddings": True}, 5.0),
     ):
         export_run(tmp_path, model="scanlm_base_c64", seed=seed, loss=loss, **{**plain, **changed})
+    for steps, lr in ((900, 1e-3), (10, 1e-2)):  # longer, and at another rate: not alike
+        export_run(tmp_path, steps=steps, model="scanlm_base_c64", seed=9, loss=9.0, lr=lr, **plain)
     (tmp_path / "enwiki2019").rename(tmp_path / "enwiki2019_ablations")
     (ax,) = figures.FIGURES["text_ablations"](figures.Records(tmp_path)).axes
     assert [label.get_text() for label in ax.get_yticklabels()] == [

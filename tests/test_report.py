@@ -101,13 +101,15 @@ def inference(folder: Path) -> None:
 def training_speed(folder: Path) -> None:
     run = Run.create("training_speed", "scanlm_base_c64", {}, 0, root=folder / "runs")
     metrics = []
-    for model, mode, speed in (
-        ("scanlm_base_c64", "blelloch", 1000.0),
-        ("gpt2_small", "default", 3000.0),
-        ("gpt2_small", "flash", 2000.0),
+    for model, mode, chunk, speed in (
+        ("scanlm_base_c64", "blelloch", 64, 1000.0),
+        ("scanlm_base_c64", "blelloch", 32, 900.0),
+        ("gpt2_small", "default", None, 3000.0),
+        ("gpt2_small", "flash", None, 2000.0),
     ):
         axes = {"part": "step", "model": model, "mode": mode, "compiled": "yes"}
         axes |= {"length": 512, "batch_size": 64, "dtype": "bfloat16"}
+        axes |= {"chunk_size": chunk} if chunk else {}
         metrics += [("tokens_per_second", speed, axes), ("peak_memory_bytes", 2e9, axes)]
         for peak, share in (("measured", 0.5), ("790 TFLOP/s", 0.4)):
             metrics.append(("model_flops_utilisation", share, {**axes, "peak": peak}))
@@ -159,7 +161,10 @@ def test_a_table_of_times_for_a_token(tmp_path: Path) -> None:
 def test_a_table_of_training_speed(tmp_path: Path) -> None:
     training_speed(tmp_path)
     assert cells(section(tmp_path, "Training speed"), 2)[:6] == [
-        "scanlm_base_c64", "blelloch, compiled, bfloat16", "64 x 512", "1,000", "50.0 %", "2.0 GB",
+        "scanlm_base_c64", "64", "blelloch, compiled, bfloat16", "64 x 512", "1,000", "50.0 %",
+    ]  # fmt: skip
+    assert cells(section(tmp_path, "Training speed"), 3)[1:4] == [
+        "32", "blelloch, compiled, bfloat16", "64 x 512",
     ]  # fmt: skip
 
 
@@ -225,18 +230,24 @@ def test_a_table_of_kernels_against_plain_torch(tmp_path: Path) -> None:
         for what in ("logits", "streamed", "gradient")
         for who, value in (("fused", 0.01), ("torch", 0.02))
     ]
-    exported(tmp_path, run, *metrics)
-    row = cells(section(tmp_path, "Fused kernels against plain torch"))
-    assert row[:10] == ["gla", "tf32", *["0.0100", "0.0200"] * 3, "", "no"]
+    exported(tmp_path, run, *metrics)  # agrees
+    # variants: one right, one with a NaN, one that could not run; and a model that could not
     run = Run.create("parity", "linear_attention", {"variants": True}, 0, root=tmp_path / "runs")
-    for error in (0.3, 0.1):
-        axes = {"model": "gla", "dtype": "tf32", "implementation": "fused", "variant": str(error)}
-        metrics.append(("gradient_relative_error", error, {**axes, "kernel": "k"}))
+    axes = {"model": "gla", "dtype": "tf32", "implementation": "fused", "kernel": "k"}
+    for variant, error in (("right", 0.01), ("wrong", math.nan)):
+        for what in ("logits", "streamed", "gradient"):
+            here = axes | {"variant": variant}
+            metrics.append((f"{what}_relative_error", error, here))
+    metrics.append(("failed", 1, axes | {"variant": "refused"}))
+    refused = {"model": "gdn", "dtype": "tf32"}
+    metrics.append(("logits_relative_error", 0.02, refused | {"implementation": "torch"}))
+    metrics.append(("failed", 1, refused | {"implementation": "fused"}))
     exported(tmp_path, run, *metrics)
     table = section(tmp_path, "Fused kernels against plain torch")
-    assert [*["0.0100", "0.0200"] * 3, "2, up to 0.3000", "no"] in [
-        cells(table, place)[2:10] for place in (-1, -2)
-    ]
+    rows = [cells(table, place)[:10] for place in (-1, -2, -3)]
+    assert ["gla", "tf32", *["0.0100", "0.0200"] * 3, "3, 2 wrong", "no"] in rows
+    assert ["gla", "tf32", *["0.0100", "0.0200"] * 3, "", "yes"] in rows
+    assert ["gdn", "tf32", "", "0.0200", "", "", "", "", "", "no"] in rows
 
 
 @pytest.mark.parametrize("experiment", ["wikitext2", "enwiki2019", "s5", "inference", "parity"])

@@ -324,6 +324,23 @@ def test_an_interrupt_saves_the_step_and_loses_nothing(
     assert not reference - rows
 
 
+def test_losses_by_position_stand_once_if_the_end_was_cut_short(
+    corpus: TokenizedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = TrainingSettings(**SMALL, root=str(tmp_path))
+
+    def cut_short(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, small_model(), corpus)
+    rows = read_metrics(train(settings, small_model(), corpus).folder).dropna(subset=["position"])
+    assert rows["position"].is_unique
+    assert len(rows)
+
+
 def test_a_damaged_checkpoint_is_named_with_what_to_do(
     corpus: TokenizedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

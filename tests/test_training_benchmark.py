@@ -316,6 +316,14 @@ def test_bars_are_of_bare_steps_at_the_first_length() -> None:
     ]
 
 
+def test_chunk_sizes_of_one_model_are_told_apart() -> None:
+    rows = speeds()
+    rows["model"] = rows["model"].replace("scanlm_base_c128", "scanlm_base_c64")
+    (ax,) = speed.by_model(rows).axes
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert {"scanlm_base_c64, chunk 64", "scanlm_base_c64, chunk 128"} <= set(labels)
+
+
 def test_what_all_measurements_have_in_common_is_no_variant() -> None:
     rows = speeds()
     (ax,) = speed.by_model(rows[rows["compiled"] == "no"]).axes

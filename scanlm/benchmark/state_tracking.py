@@ -151,6 +151,9 @@ def _measure(
     """Time ``count`` runs side by side; runs that are missing are added to ``learners``."""
     import torch
 
+    del learners[count:]  # which would count as memory
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     begun = time.perf_counter()
     while len(learners) < count:
         training = settings.training(way, seed=len(learners))

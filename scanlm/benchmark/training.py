@@ -238,7 +238,7 @@ def _plan(s: TrainingSpeedSettings) -> Iterator[Work]:
             yield from _others(s, first)
     if "compiled" in s.parts and s.compile:
         for first in firsts:
-            yield replace(first, compiled="yes" if first.compiled == "no" else "no")
+            yield replace(first, compiled="no")
             if load_entry(first.model).family == "scanlm":
                 yield replace(first, compiled="whole")
             if load_entry(first.model).family == "gpt2":
@@ -444,14 +444,18 @@ def _ratios(speeds: Any) -> dict[str, float]:
     for length, rows in bare.groupby("length"):
         kinds = family[rows.index]
         scans = rows[kinds == "scanlm"]
-        parallel, sequential = (scans[scans["mode"] == mode]["value"] for mode in MODES["scanlm"])
+        parallel, sequential = (scans[scans["mode"] == mode] for mode in MODES["scanlm"])
         if len(parallel):
-            gpt2 = rows[kinds == "gpt2"]["value"]
-            others = {"GPT-2": gpt2.max() if len(gpt2) else None}
-            others["sequential"] = sequential.iloc[0] if len(sequential) else None
+            first = parallel.iloc[0]
+            # a long tree node by node is not compiled, which is another comparison
+            alike = sequential[sequential["compiled"] == first["compiled"]]
+            others = {
+                "GPT-2": rows[kinds == "gpt2"]["value"].max(),
+                "sequential": alike["value"].max(),
+            }
             for name, other in others.items():
-                if other:
-                    ratios[f"scan / {name} at {int(length)}"] = float(parallel.iloc[0] / other)
+                if other == other:
+                    ratios[f"scan / {name} at {int(length)}"] = float(first["value"] / other)
     for part in ("trainer", "loading"):
         rows = speeds[speeds["part"] == part]
         if len(rows) and len(bare):

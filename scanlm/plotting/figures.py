@@ -91,9 +91,10 @@ def source(runs: pd.DataFrame) -> str:
     line = str(records.source_line(runs.iloc[0]))
     line += f"; and {more} more run{'s' if more > 1 else ''}" if more else ""
     devices = [(device or {}).get("name") for device in runs["device"]]
-    others = sorted({str(name) for name in devices[1:] if name not in (None, devices[0])})
-    if others:
-        line += f", {sum(name in others for name in devices)} on {' and '.join(others)}"
+    for other in sorted({str(name) for name in devices[1:] if name not in (None, devices[0])}):
+        there = runs["model"][[name == other for name in devices]]
+        models = ", ".join(there) if len(there) < 3 else str(len(there))
+        line += f"; {models} on {other}"
     names = sorted(set(runs.loc[unscanned(runs), "model"]))
     note = f"; {', '.join(names)}: at most two chunks a sequence, so T1 is never called"
     return line + (note if names else "")
@@ -201,6 +202,11 @@ def _text_ablations(records: Records) -> Figure:
     runs = of_kind(records.runs("enwiki2019_ablations"), "training")
     if runs.empty:
         raise NoRecords("no finished training among the records of enwiki2019_ablations")
+    runs = _alike(
+        runs,
+        lambda run: (run["model"], run["parameters"].get("lr"), _training_tokens(run)),
+        "run_id",
+    )
     metrics, caption = records.metrics("enwiki2019_ablations", runs)
     names = {
         run["run_id"]: "; ".join(
@@ -229,13 +235,20 @@ def _scored_texts(records: Records) -> Figure:
 
     def fits(parameters: dict[str, Any]) -> bool:
         how = (parameters["split"], parameters["context"])
-        return parameters["target"] in compared and how == ("test", "blocks")
+        # parts of a text, other positions or another chunk size than the trained one
+        other = ("max_tokens", "original_positions", "chunk_size")
+        whole = not any(parameters.get(name) for name in other)
+        return parameters["target"] in compared and how == ("test", "blocks") and whole
 
     runs = pd.concat([records.runs(name) for name in ("enwiki2019", "wikitext103")])
     runs = of_kind(runs, "evaluation")
     runs = runs[runs["parameters"].map(fits).astype(bool)]
     if runs.empty:
         raise NoRecords("no compared model was scored on a test text")
+    # of a run scored twice on a text (at another step or precision) the last
+    texts = [f"{p['target']} {p['corpus']}" for p in runs["parameters"]]
+    runs = runs.assign(text=texts).sort_values("started", kind="stable")
+    runs = runs.drop_duplicates("text", keep="last").drop(columns="text")
     return comparison.scored_texts(runs, source=source(runs))
 
 
@@ -246,8 +259,8 @@ def _speed(draw: Callable[..., Figure], **axes: Any) -> Callable[[Records], Figu
         runs = records.runs("training_speed").sort_values("started", ascending=False)
         for place in range(len(runs)):
             metrics, caption = records.metrics("training_speed", runs.iloc[place : place + 1])
-            for axis, value in axes.items():
-                metrics = metrics[metrics[axis] == value]
+            for axis, value in axes.items():  # a run stopped early has no axes
+                metrics = metrics[metrics.reindex(columns=[axis])[axis] == value]
             try:
                 return draw(metrics, source=caption)
             except ScanLMError:
@@ -314,13 +327,13 @@ def _cost_by_chunk_size(_: Records) -> Figure:
 
 
 def _inference_runs(records: Records, size: str) -> pd.DataFrame:
-    """Those that went along the positions; others look into a batch size or chunk size only."""
+    """The newest that went along the positions; others look into a batch or chunk size only."""
     runs = records.runs("inference")
     along = runs["parameters"].map(lambda p: bool(p["positions"] or p["max_new_tokens"]))
     runs = runs[(runs["model"] == size) & along]
     if runs.empty:
         raise NoRecords(f"no inference records of size {size}")
-    return runs
+    return runs.sort_values("started").iloc[-1:]
 
 
 def _most_states(runs: pd.DataFrame, positions: Iterable[float]) -> pd.Series:

@@ -29,11 +29,15 @@ def measured(metrics: pd.DataFrame, part: str = "step") -> pd.DataFrame:
         known = ", ".join(map(str, metrics["part"].dropna().unique()))
         raise ScanLMError(f"the records have no part {part!r}; they have: {known}")
     told = rows["compiled"].nunique() > 1
+    sizes = rows.groupby("model")["chunk_size"].transform("nunique") > 1
+    rows = rows.assign(told_size=rows["chunk_size"].where(sizes))
     return rows.assign(variant=rows.apply(_variant, axis=1, compilation=told))
 
 
 def _variant(row: pd.Series, compilation: bool) -> str:
     words = [str(row["model"])]
+    if row["told_size"] == row["told_size"]:
+        words.append(f"chunk {row['told_size']:.0f}")
     if row["mode"] not in PLAIN_MODES:
         words.append(MODE_NAMES.get(row["mode"], str(row["mode"])))
     if row["compiled"] == "no" and compilation:

@@ -140,6 +140,10 @@ def sort_runs(runs: pd.DataFrame) -> pd.DataFrame:
         other = runs["role"] == "ablation"
         named = [difference(base, p) for p in runs.loc[other, "parameters"]]
         runs.loc[other, "series"] = named
+        # a few words do not tell everything: sets that share them are told apart by their ids
+        shared = runs[other].groupby("series")["key"].transform("nunique") > 1
+        for index in shared.index[shared]:
+            runs.loc[index, "series"] += f" ({runs.loc[index, 'run_id'].rpartition('-')[2]})"
     return runs
 
 

@@ -415,11 +415,16 @@ def source_line(run: Run | Mapping[str, Any] | pd.Series) -> str:
     parts += [", ".join(named)] if named else []
     parts.append(f"seed {record.get('seed')}")
     if record.get("status") not in (None, "finished"):
-        parts.append(str(record.get("status")))
+        parts.append(_shown(str(record.get("status"))))
     commit = record.get("git_commit")
     if isinstance(commit, str):
         parts.append(f"commit {commit[:8]}{' (modified)' if record.get('git_dirty') else ''}")
     return "; ".join(parts)
+
+
+def _shown(status: str) -> str:
+    """A record that says "running" was exported, or found, before its run came to an end."""
+    return "unfinished" if status == "running" else status
 
 
 # Reading

@@ -56,7 +56,7 @@ def source(run: pd.Series) -> str:
     if run["git_dirty"]:
         parts[-1] += " (modified)"
     if run["status"] != "finished":
-        parts.append(str(run["status"]))
+        parts.append("unfinished" if run["status"] == "running" else str(run["status"]))
     return f"[record]({run['link']}): " + ", ".join(part for part in parts if part)
 
 

@@ -146,7 +146,7 @@ def test_error_by_length_draws_one_precision_and_the_median_of_seeds() -> None:
     words = [t.get_text() for t in ax.texts]
     assert words == ["trained on", "guessing"]
     assert ax.get_legend_handles_labels()[1][0].startswith("scan model")
-    note = "hollow: no error found; thin: each seed"
+    note = "hollow: no error found\nthin: each seed"
     assert ax.get_legend().get_title().get_text() == note
     bf16 = draw.error_by_length(METRICS, dtype="bfloat16").axes[0]
     assert line(bf16, "GPT-2").get_ydata()[1] == pytest.approx(0.155)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scanlm.errors import ScanLMError
 from scanlm.plotting.style import FAINT, MUTED, caption, model_styles, new_figure, style
@@ -24,7 +24,7 @@ def measured(metrics: pd.DataFrame, part: str = "step") -> pd.DataFrame:
     """
     if "part" not in metrics:
         raise ScanLMError("the records have no part: they are not of scanlm benchmark training")
-    rows = metrics[metrics["part"] == part]
+    rows = metrics[metrics["part"] == part].reset_index(drop=True)
     if rows.empty:
         known = ", ".join(map(str, metrics["part"].dropna().unique()))
         raise ScanLMError(f"the records have no part {part!r}; they have: {known}")
@@ -77,14 +77,27 @@ def by_length(
         ScanLMError: as ``measured``; records of one length only, or without the metric.
     """
     rows = measured(metrics)
+    memory = name == "peak_memory_bytes"
+    if memory:  # attention called otherwise keeps the same
+        rows = rows[rows["mode"].isin(PLAIN_MODES)]
     several = rows.groupby("variant")["length"].transform("nunique") > 1
     if not several.any():
         raise ScanLMError("the records have one sequence length only: nothing to draw over it")
-    memory = name == "peak_memory_bytes"
+    step = rows["length"] * rows["batch_size"]
+    usual = step[several].mode()[0]
     title = "Memory of a training step" if memory else "Training speed by length"
-    figure = throughput(rows[several], "length", "variant", name, source, title)
+    figure = throughput(rows[several & (step == usual)], "length", "variant", name, source, title)
     axes = figure.axes[0]
-    axes.set_xlabel("tokens a sequence, at about as many tokens a step")
+    label = f"tokens a sequence, {int(usual):,} tokens a step"
+    larger = rows[several & (step != usual) & (rows["name"] == name)]
+    for line in list(axes.lines):  # a sequence longer than the usual step is a step of its own
+        part = larger[larger["variant"] == line.get_label()]
+        look: Any = {"marker": line.get_marker(), "color": line.get_color(), "mfc": "none"}
+        axes.plot(part["length"], part["value"], ls="", **look)
+    if len(larger):
+        label += f" (hollow: {', '.join(f'{int(n):,}' for n in sorted(set(step[larger.index])))})"
+        axes.set_ylim(0, 1.08 * rows.loc[several & (rows["name"] == name), "value"].max())
+    axes.set_xlabel(label)
     if memory:
         axes.set_ylabel("peak memory (bytes)")
     return figure
@@ -127,7 +140,7 @@ def by_kernel(metrics: pd.DataFrame, source: str | None = None) -> Figure:
     step = float(last.loc[last["name"] == "step_milliseconds", "value"].iloc[0])
     times = times.sort_values()
     gap = max(step - float(times.sum()), 0.0)
-    named = {f"gaps ({step:,.1f} ms in all)": gap, **times.to_dict()}
+    named = {"gaps": gap, **times.to_dict()}
     row = last.iloc[0]
     color = model_styles([row["model"]])[row["model"]].color
     with style():
@@ -137,7 +150,8 @@ def by_kernel(metrics: pd.DataFrame, source: str | None = None) -> Figure:
         bars[0].set_color(FAINT)
         ax.bar_label(bars, fmt="{:.1f}", padding=6, fontsize=9, color=MUTED)
         ax.set_xlabel("milliseconds a step")
-        ax.set_title(f"{row['variant']}: a step of {row['batch_size']:.0f} x {row['length']:,.0f}")
+        batch = f"{row['batch_size']:.0f} x {row['length']:,.0f}"
+        ax.set_title(f"{row['variant']}: a step of {batch}, {step:,.1f} ms")
         ax.grid(True, axis="x")
         ax.grid(False, axis="y")
         ax.tick_params(axis="y", length=0)

@@ -529,13 +529,20 @@ def error_by_length(
             ticks, [str(prefix_depth(max(int(t) - 1, 0) // chunk_size)) for t in ticks]
         )
         depth.xaxis.set_minor_locator(NullLocator())
-        depth.set_xlabel("depth of the tree behind the last prefix", fontsize=8.5, color=MUTED)
+        chunk = "one token a chunk" if chunk_size == 1 else f"{chunk_size} tokens a chunk"
+        what = f"depth of the tree behind the last prefix ({chunk})"
+        depth.set_xlabel(what, fontsize=8.5, color=MUTED)
         depth.tick_params(labelsize=8, length=2)
         depth.spines["top"].set_visible(False)
         if len(labels) > 1 or notes:
             note = "; ".join(sorted(set(notes))) or None
-            ax.legend(
-                loc="best", title=note, title_fontsize=8.5, alignment="left", handlelength=2.6
+            ax.legend(  # outside: thin lines of seeds may be anywhere
+                loc="center left",
+                bbox_to_anchor=(1.0, 0.5),
+                title=note and note.replace("; ", "\n"),
+                title_fontsize=8.5,
+                alignment="left",
+                handlelength=2.6,
             )
         if source:
             caption(figure, source)

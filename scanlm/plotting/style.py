@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ EXTRA_COLORS = ("#56B4E9", "#E69F00", "#7A5195", "#8A6D3B", "#BC5090", "#2F9E9E"
 # of the members of a family, in turn
 DASHES: tuple[LineStyle, ...] = ("-", "--", ":", "-.", (0, (7, 2, 1, 2, 1, 2)), (0, (9, 5)))
 MARKERS = ("P", "X", "*", "p", "d")
+CHUNK_SHADES = ("#F7B27E", "#EE8A3C", "#D55E00", "#9C4400", "#5E2900")
 
 T0_COLOR, T1_COLOR, T2_COLOR = "#7C8794", "#D55E00", "#0072B2"
 
@@ -108,8 +110,11 @@ def family_of(model: str) -> str | None:
 def model_styles(models: list[str]) -> dict[str, FamilyStyle]:
     """A style per model id: the family's colour, told apart within it by line style and marker.
 
-    Ids of no known family get the extra colours in order of appearance.
+    Chunk sizes of one model (``_c64``) are shades of the colour, the larger the darker. Ids of no
+    known family get the extra colours in order of appearance.
     """
+    sizes = {m: int(m.rpartition("_c")[2]) for m in models if re.search(r"_c\d+$", m)}
+    shades = _shades(sorted(set(sizes.values())))
     seen: dict[str, int] = {}
     styles = {}
     for model in models:
@@ -124,8 +129,19 @@ def model_styles(models: list[str]) -> dict[str, FamilyStyle]:
         line = DASHES[(DASHES.index(base.linestyle) + count) % len(DASHES)]
         marker = base.marker if count == 0 else MARKERS[(count - 1) % len(MARKERS)]
         label = base.label if model == family else model
-        styles[model] = FamilyStyle(label, base.color, marker, line)
+        color = shades.get(sizes.get(model, 0), base.color)
+        if model in sizes and len(shades) > 2:
+            line = "-"  # told apart by its shade
+        styles[model] = FamilyStyle(label, color, marker, line)
     return styles
+
+
+def _shades(sizes: list[int]) -> dict[int, str]:
+    """Light to dark; one or two sizes have the family's own colour."""
+    if len(sizes) < 3:
+        return dict.fromkeys(sizes, FAMILIES["scanlm"].color)
+    step = (len(CHUNK_SHADES) - 1) / (len(sizes) - 1)
+    return {size: CHUNK_SHADES[round(i * step)] for i, size in enumerate(sizes)}
 
 
 def sequence_colors(count: int) -> list[str]:

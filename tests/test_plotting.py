@@ -288,7 +288,9 @@ def test_a_single_run_has_no_band(metrics: pd.DataFrame) -> None:
 
 def test_training_split_is_faint_behind_the_others(metrics: pd.DataFrame) -> None:
     (ax,) = training.loss_curves(metrics, split=None).axes
-    assert sorted(line.get_alpha() for line in ax.lines) == [0.45, 0.45, 1.0, 1.0]
+    drawn = [line for line in ax.lines if len(line.get_xdata())]
+    assert sorted(line.get_alpha() for line in drawn) == [0.45, 0.45, 1.0, 1.0]
+    assert "while training" in [text.get_text() for text in ax.get_legend().get_texts()]
     (alone,) = training.loss_curves(metrics, split="train").axes
     assert [line.get_alpha() for line in alone.lines] == [1.0, 1.0]
 

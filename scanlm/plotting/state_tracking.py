@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 SCAN = FAMILIES["scanlm"].color
 SHADE = "#F1E9DC"  # lengths that were trained on
+APART = 1.6  # factor between rows of series without errors, on the axis of errors
 NARROWEST = 0.04  # share of the steps that a stage needs for a label of its own
 LEVELS = "the stage before known, the rest guessed"
 VARIANTS = ("-", "--", ":", "-.")  # of one family, in the order of their labels
@@ -403,9 +404,10 @@ def error_by_length(
 ) -> Figure:
     """Error against length: the headline.
 
-    A share of errors of exactly 0 lies at the lower edge, as a hollow point: the true one is
-    below 3 in the number of words measured. Of several seeds the strong line is the median and
-    thin ones are the seeds; of one, the band is the 95 % interval if it was recorded.
+    A share of errors of exactly 0 lies at the lower edge, as a hollow point, each series in a row
+    of its own: the true one is below 3 in the number of words measured. Of several seeds the strong
+    line is the median and thin ones are the seeds; of one, the band is the 95 % interval if it was
+    recorded.
 
     Args:
         metrics: with the column ``by``.
@@ -452,14 +454,15 @@ def error_by_length(
                 fontsize=8.5,
                 color="#8A6D3B",
             )
-        for label in labels:
+        for place, label in enumerate(labels):
             look, part = looks[label], rows[rows[by] == label]
             several = _seeds(part) > 1
             middle = part.groupby("length")["error"].median()
             x, y = middle.index.to_numpy(float), middle.to_numpy()
+            none = floor / APART**place
             ax.plot(
                 x,
-                np.maximum(y, floor),
+                np.where(y > 0, y, none),
                 color=look.color,
                 ls=look.linestyle,
                 marker=look.marker,
@@ -469,7 +472,7 @@ def error_by_length(
             zero = y == 0
             ax.plot(
                 x[zero],
-                np.full(zero.sum(), floor),
+                np.full(zero.sum(), none),
                 look.marker,
                 ms=4.5,
                 mfc=PAPER,
@@ -484,7 +487,7 @@ def error_by_length(
                 for _, seed in part.sort_values("length").groupby("run_id"):
                     ax.plot(
                         seed["length"],
-                        np.maximum(seed["error"], floor),
+                        np.where(seed["error"] > 0, seed["error"], none),
                         color=look.color,
                         lw=0.9,
                         alpha=0.5,
@@ -518,9 +521,10 @@ def error_by_length(
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_xlim(rows["length"].min() * 0.9, longest * 1.1)
-        ax.set_ylim(floor, 2.5)
+        ax.set_ylim(floor / APART ** (len(labels) - 1), 2.5)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
-        ax.yaxis.set_major_formatter(FuncFormatter(_percent))
+        # below the floor there are no shares, only rows of series without errors
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _percent(v) if v > floor else ""))
         ax.set(xlabel="length of the word", ylabel="share of errors")
         ax.set_title(title or TITLES.get(name, name))
         depth = ax.secondary_xaxis("top")

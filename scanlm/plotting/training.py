@@ -220,12 +220,16 @@ def loss_curves(
     with style():
         figure = new_figure(7.4, 4.2)
         ax = figure.subplots()
+        behind = False
         for label, look, part in _series(rows, by):
             others = [s for s in part["split"].dropna().unique() if s != "train"]
             for part_split, lines in part.groupby("split", dropna=False):
                 faint = part_split == "train" and bool(others)
+                behind |= faint
                 several = len(others) > 1 and not faint
                 _draw(ax, lines, x, look, f"{label}, {part_split}" if several else label, faint)
+        if behind:
+            ax.plot([], [], color=MUTED, lw=0.9, alpha=0.45, label="while training")
         ax.set(xlabel=X_LABELS.get(x, x), ylabel=NAME_LABELS.get(name, name))
         if x in ("tokens", "flops", "step"):
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))

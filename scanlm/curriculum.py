@@ -111,8 +111,13 @@ class _Trainee:
         self.last_step = math.inf if max_steps is None else self.learner.step + max_steps
         # what comes after the checkpoint (without one: everything) is measured again, and so is an
         # evaluation that was written down before its run was finished
-        record.truncate(after_step=self.learner.step)
-        record.drop(lambda metric: metric.get("split") not in ("train", "validation"))
+        done = self.learner.step
+        record.drop(
+            lambda metric: (
+                (metric.get("step") or 0) > done
+                or metric.get("split") not in ("train", "validation")
+            )
+        )
         if not self.trained:
             self.learner.begin_stage(self.stage, self.stage_step)
 
@@ -379,23 +384,24 @@ def train_many(
             else:
                 held.enter_context(record.failures_recorded())
             opened.append(record)
-        trainees: list[_Trainee] | None = None
+        with held_interrupts() as interrupted:
+            trainees = [
+                _Trainee(entry, record, chosen, max_steps)
+                for entry, record in zip(settings, opened, strict=True)
+                if not record.finished
+            ]
+            if interrupted():
+                raise KeyboardInterrupt
         errors: list[Exception] = []
-        while trainees is None or any(t.can_go_on for t in trainees):
+        while True:
             with held_interrupts() as interrupted:
-                if trainees is None:
-                    trainees = [
-                        _Trainee(entry, record, chosen, max_steps)
-                        for entry, record in zip(settings, opened, strict=True)
-                        if not record.finished
-                    ]
                 _train_until_one_ends(
                     trainees, lambda: time_is_up() or interrupted(), checkpoint_seconds, say
                 )
                 if interrupted():
                     raise KeyboardInterrupt
             errors += _evaluate_trained(trainees, save_weights, time_is_up, say)
-            if time_is_up():
+            if time_is_up() or not any(t.can_go_on for t in trainees):
                 break
         for t in trainees:
             if not t.diverged:
@@ -415,8 +421,7 @@ def _train_until_one_ends(
     """Train side by side until a run is through its stages or all have to stop; save them all."""
     saved_at = time.perf_counter()
     while not (stopped() or any(t.trained for t in trainees)):
-        active = [t for t in trainees if t.can_go_on]
-        if not active:
+        if not (active := [t for t in trainees if t.can_go_on]):
             break
         for t in active:
             if not (t.queued or stopped()):

@@ -313,6 +313,15 @@ def read_runs(*paths: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else [*_IDENTITY, "status", "path"])
 
 
+def of_kind(runs: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """Of a frame of ``read_runs`` the finished runs of a kind, "training" or "evaluation".
+
+    Those that were stopped have no final figures.
+    """
+    fitting = runs["parameters"].map(lambda p: _mapping(p).get("kind") == kind)
+    return runs[fitting & (runs["status"] == "finished")]
+
+
 def read_metrics(*paths: str | Path) -> pd.DataFrame:
     """One row a metric: ``run_id, experiment, model, seed, name, value`` and the metrics' axes.
 
@@ -415,16 +424,16 @@ def source_line(run: Run | Mapping[str, Any] | pd.Series) -> str:
     parts += [", ".join(named)] if named else []
     parts.append(f"seed {record.get('seed')}")
     if record.get("status") not in (None, "finished"):
-        parts.append(_shown(str(record.get("status"))))
+        parts.append(shown_status(record.get("status")))
     commit = record.get("git_commit")
     if isinstance(commit, str):
         parts.append(f"commit {commit[:8]}{' (modified)' if record.get('git_dirty') else ''}")
     return "; ".join(parts)
 
 
-def _shown(status: str) -> str:
+def shown_status(status: Any) -> str:
     """A record that says "running" was exported, or found, before its run came to an end."""
-    return "unfinished" if status == "running" else status
+    return "unfinished" if status == "running" else str(status)
 
 
 # Reading

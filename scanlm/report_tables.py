@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from scanlm.errors import ScanLMError
-from scanlm.records import read_metrics
+from scanlm.records import of_kind, read_metrics, shown_status
 from scanlm.variations import change_text, changes
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def source(run: pd.Series) -> str:
     if run["git_dirty"]:
         parts[-1] += " (modified)"
     if run["status"] != "finished":
-        parts.append("unfinished" if run["status"] == "running" else str(run["status"]))
+        parts.append(shown_status(run["status"]))
     return f"[record]({run['link']}): " + ", ".join(part for part in parts if part)
 
 
@@ -66,12 +66,6 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _of(runs: pd.DataFrame, experiment: str) -> pd.DataFrame:
     return runs[runs["experiment"] == experiment]
-
-
-def of_kind(runs: pd.DataFrame, kind: str) -> pd.DataFrame:
-    """Finished ones: those that were stopped have no final figures."""
-    fitting = runs["parameters"].map(lambda p: _mapping(p).get("kind") == kind)
-    return runs[fitting & (runs["status"] == "finished")]
 
 
 def at_positions(runs: pd.DataFrame) -> pd.DataFrame:
@@ -293,6 +287,10 @@ def _state_tracking_speed(runs: pd.DataFrame) -> Iterable[Row]:
             }
 
 
+def _by_name(metrics: pd.DataFrame) -> dict[str, float]:
+    return dict(zip(metrics["name"], metrics["value"], strict=True))
+
+
 def _parity(runs: pd.DataFrame) -> Iterable[Row]:
     from scanlm.parity import agrees
 
@@ -305,13 +303,9 @@ def _parity(runs: pd.DataFrame) -> Iterable[Row]:
                 rows[(rows["implementation"] == who) & rows["variant"].isna()]
                 for who in ("torch", "fused")
             )
-            own = dict(zip(plain["name"], plain["value"], strict=True))
-            found = dict(zip(fused["name"], fused["value"], strict=True))
-            variants = [
-                dict(zip(part["name"], part["value"], strict=True))
-                for _, part in rows.groupby(["kernel", "variant"])
-            ]
-            wrong = [errors for errors in variants if not agrees(errors, own, str(dtype))]
+            own, found = _by_name(plain), _by_name(fused)
+            variants = [_by_name(part) for _, part in rows.groupby(["kernel", "variant"])]
+            wrong = [found for found in variants if not agrees(found, own, str(dtype))]
             yield {
                 "model": str(model),
                 "precision": str(dtype),

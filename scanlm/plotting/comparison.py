@@ -386,9 +386,7 @@ def position_differences(
     Raises:
         ScanLMError: the records have no values by position, or not of ``reference``.
     """
-    if "position" not in metrics:
-        raise ScanLMError("the records have no losses by position")
-    rows = last_rows(loss_rows(metrics.dropna(subset=["position"]), "loss", "position", split))
+    rows = last_rows(loss_rows(metrics, "loss", "position", split))
     table = rows.pivot_table(index="position", columns="model", values="value", sort=False)
     if reference not in table:
         raise ScanLMError(f"unknown model {reference!r}.{nearest(reference, table.columns)}")

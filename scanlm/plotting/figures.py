@@ -28,7 +28,7 @@ from scanlm.plotting import (
 )
 from scanlm.plotting.architecture import architecture
 from scanlm.plotting.style import family_of, style
-from scanlm.report_tables import of_kind
+from scanlm.records import of_kind
 from scanlm.values import natural_key
 from scanlm.variations import change_text, changes
 
@@ -199,11 +199,8 @@ def _comparison(
 
 def _text_ablations(records: Records) -> Figure:
     """Runs of one model that differ in one thing each, and equal ones with another seed."""
-    runs = of_kind(records.runs("enwiki2019_ablations"), "training")
-    if runs.empty:
-        raise NoRecords("no finished training among the records of enwiki2019_ablations")
     runs = _alike(
-        runs,
+        of_kind(records.runs("enwiki2019_ablations"), "training"),
         lambda run: (run["model"], run["parameters"].get("lr"), _training_tokens(run)),
         "run_id",
     )
@@ -246,9 +243,9 @@ def _scored_texts(records: Records) -> Figure:
     if runs.empty:
         raise NoRecords("no compared model was scored on a test text")
     # of a run scored twice on a text (at another step or precision) the last
-    texts = [f"{p['target']} {p['corpus']}" for p in runs["parameters"]]
-    runs = runs.assign(text=texts).sort_values("started", kind="stable")
-    runs = runs.drop_duplicates("text", keep="last").drop(columns="text")
+    runs = runs.sort_values("started", kind="stable")
+    texts = runs["parameters"].map(lambda p: (p["target"], p["corpus"]))
+    runs = runs[~texts.duplicated(keep="last")]
     return comparison.scored_texts(runs, source=source(runs))
 
 

@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from scanlm.errors import ScanLMError
 from scanlm.plotting.style import (
+    DASHES,
     EXTRA_COLORS,
     FAINT,
     FAMILIES,
@@ -42,7 +43,6 @@ SHADE = "#F1E9DC"  # lengths that were trained on
 APART = 1.6  # factor between rows of series without errors, on the axis of errors
 NARROWEST = 0.04  # share of the steps that a stage needs for a label of its own
 LEVELS = "the stage before known, the rest guessed"
-VARIANTS = ("-", "--", ":", "-.")  # of one family, in the order of their labels
 # five items in a hand of cards, told apart without their colours by their letters
 ITEM_COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
 TITLES = {
@@ -104,7 +104,7 @@ def _looks(series: Sequence[str]) -> dict[str, FamilyStyle]:
         if place == 0 and "positive" in name:  # dashed without its counterpart, too
             place = 1
         relatives[root] += 1
-        looks[name] = FamilyStyle(name, base.color, base.marker, VARIANTS[place % 4])
+        looks[name] = FamilyStyle(name, base.color, base.marker, DASHES[place % len(DASHES)])
     return looks
 
 

@@ -129,17 +129,17 @@ def model_styles(models: list[str]) -> dict[str, FamilyStyle]:
         line = DASHES[(DASHES.index(base.linestyle) + count) % len(DASHES)]
         marker = base.marker if count == 0 else MARKERS[(count - 1) % len(MARKERS)]
         label = base.label if model == family else model
-        color = shades.get(sizes.get(model, 0), base.color)
-        if model in sizes and len(shades) > 2:
-            line = "-"  # told apart by its shade
+        color = base.color
+        if model in sizes and shades:  # which tell it apart
+            color, line = shades[sizes[model]], "-"
         styles[model] = FamilyStyle(label, color, marker, line)
     return styles
 
 
 def _shades(sizes: list[int]) -> dict[int, str]:
-    """Light to dark; one or two sizes have the family's own colour."""
+    """Light to dark; none for one or two sizes, which keep the family's own colour."""
     if len(sizes) < 3:
-        return dict.fromkeys(sizes, FAMILIES["scanlm"].color)
+        return {}
     step = (len(CHUNK_SHADES) - 1) / (len(sizes) - 1)
     return {size: CHUNK_SHADES[round(i * step)] for i, size in enumerate(sizes)}
 

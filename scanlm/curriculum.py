@@ -230,19 +230,22 @@ class _Trainee:
         beyond = [n for n in settings.eval_lengths if n not in lengths]
         rows: list[tuple[str, float, dict[str, Any]]] = []
         reaches = {}
-        for precision in settings.eval_precisions if lengths else ():
-            result = evaluate_lengths(
-                model,
-                settings.group,
-                lengths,
-                settings.eval_sequences,
-                settings.eval_long_sequences,
-                settings.eval_batch_tokens,
-                precision,
-            )
-            rows += result.metrics()
-            reaches[PRECISIONS[precision]] = result.reach()
-        rows += self._probe(limit)
+        # each batch is of a new shape, and compiling hundreds of chunks one after another takes longer
+        # than running them
+        with torch.compiler.set_stance("eager_on_recompile"):
+            for precision in settings.eval_precisions if lengths else ():
+                result = evaluate_lengths(
+                    model,
+                    settings.group,
+                    lengths,
+                    settings.eval_sequences,
+                    settings.eval_long_sequences,
+                    settings.eval_batch_tokens,
+                    precision,
+                )
+                rows += result.metrics()
+                reaches[PRECISIONS[precision]] = result.reach()
+            rows += self._probe(limit)
         if save_weights != "none":
             self._save_weights(save_weights)
         # not before all is done: the rows of an evaluation that is begun again would stand twice

@@ -12,7 +12,10 @@ from torch._dynamo.utils import counters
 
 from scanlm import compiling
 from scanlm.config import ScanLMConfig
+from scanlm.curriculum import preset_settings
+from scanlm.curriculum import train as train_curriculum
 from scanlm.data import TokenizedCorpus, prepare
+from scanlm.length_evaluation import LengthEvaluation, evaluate_lengths
 from scanlm.model import ScanLMForCausalLM
 from scanlm.records import read_metrics
 from scanlm.settings import TrainingSettings
@@ -104,3 +107,32 @@ def test_after_the_first_steps_nothing_is_compiled(
     )
     losses = [read_metrics(r.folder).query("name == 'loss'")["value"] for r in (run, plain)]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_lengths_are_evaluated_without_compiling(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compile_model = partial(compiling.compile_model, backend="aot_eager")
+    monkeypatch.setattr("scanlm.curriculum_step.compile_model", compile_model)
+    graphs = []
+
+    def counted(*arguments: Any) -> LengthEvaluation:
+        graphs.append(counters["stats"]["unique_graphs"])
+        result = evaluate_lengths(*arguments)
+        graphs.append(counters["stats"]["unique_graphs"])
+        return result
+
+    monkeypatch.setattr("scanlm.curriculum.evaluate_lengths", counted)
+    changes = [
+        "config={}",
+        "compile=true",
+        "stages.*.max_steps=2",
+        "stages.*.batch_size=4",
+        "validation_sequences=4",
+        "eval_lengths=[8, 200]",  # 200: several chunks, which a compiled block unrolls
+        "eval_sequences=6",
+    ]
+    settings = preset_settings("smoke", changes, model="gated_deltanet_tiny")
+    assert train_curriculum(settings, root=tmp_path).finished
+    assert graphs[0] > 0
+    assert len(set(graphs)) == 1

@@ -230,8 +230,7 @@ class _Trainee:
         beyond = [n for n in settings.eval_lengths if n not in lengths]
         rows: list[tuple[str, float, dict[str, Any]]] = []
         reaches = {}
-        # each batch is of a new shape, and compiling hundreds of chunks one after another takes longer
-        # than running them
+        # each length is a new shape: to compile hundreds of chunks takes longer than to run them
         with torch.compiler.set_stance("eager_on_recompile"):
             for precision in settings.eval_precisions if lengths else ():
                 result = evaluate_lengths(

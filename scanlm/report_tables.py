@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Row = dict[str, str]
-COMPILED = {"yes": "compiled", "no": "eager", "whole": "compiled as a whole"}
+COMPILED = {"yes": "compiled", "no": "not compiled", "whole": "compiled as a whole"}
 LENGTHS = (180, 1024, 4096, 16384)  # of test words
 
 

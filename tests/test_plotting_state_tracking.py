@@ -223,13 +223,14 @@ def test_the_heat_map_has_a_row_for_each_run() -> None:
 
 
 def test_reach_is_ordered_by_the_median() -> None:
-    rows = [("GPT-2", 16), ("GPT-2", 24), ("scan model", 180), ("scan model", 1024), ("GLA", 0)]
+    rows = [("GPT-2", 24), ("GPT-2", 16), ("GLA", 0)]
+    rows += [("scan model", reach) for reach in (180, 512, 1024)]
     reaches = pd.DataFrame(rows, columns=["series", "reach"])
     ax = draw.reach_points(reaches, trained_length=16).axes[0]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["GLA", "GPT-2", "scan model"]
     # one run's value stands beside its point, a median above its own place, not beside a point
-    assert [t.get_text() for t in ax.texts] == ["0", "median 20", "median 602", "trained on"]
-    assert [t.xy[0] for t in ax.texts[:3]] == [1, 20, 602]
+    assert [t.get_text() for t in ax.texts] == ["0", "16 and 24", "median 512", "trained on"]
+    assert [t.xy[0] for t in ax.texts[:3]] == [1, 20, 512]
 
 
 def test_runs_of_equal_reach_are_all_seen() -> None:

@@ -562,7 +562,8 @@ def reach_points(
 ) -> Figure:
     """The greatest length with 99 % of all positions right, one point a run.
 
-    Equal points stand side by side; of several runs the median is marked and written there.
+    Equal points stand side by side; of several runs the median is marked and written there, of two
+    both values: their median is the reach of neither.
 
     Args:
         reaches: rows with ``series`` and ``reach``.
@@ -585,7 +586,9 @@ def reach_points(
             if several:
                 ax.plot([middle] * 2, [row - 0.24, row + 0.24], color=look.color, lw=1.4)
             ax.annotate(
-                f"median {found.median():,.0f}" if several else f"{found.iloc[0]:,.0f}",
+                f"median {found.median():,.0f}"
+                if len(found) > 2
+                else " and ".join(f"{value:,.0f}" for value in sorted(found)),
                 (middle, row + 0.24 * several),
                 xytext=(0, 2) if several else (9, 0),
                 textcoords="offset points",

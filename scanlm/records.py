@@ -322,6 +322,20 @@ def of_kind(runs: pd.DataFrame, kind: str) -> pd.DataFrame:
     return runs[fitting & (runs["status"] == "finished")]
 
 
+def short_columns(runs: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
+    """Of a frame of ``read_runs`` the named columns, those that no run has left out.
+
+    A name is that of a column, else of a final figure, else of a parameter.
+    """
+    picked = {}
+    for name in names:
+        for column in (name, f"summary.{name}", f"parameters.{name}"):
+            if column in runs:
+                picked[column] = name
+                break
+    return runs[list(picked)].rename(columns=picked)
+
+
 def read_metrics(*paths: str | Path) -> pd.DataFrame:
     """One row a metric: ``run_id, experiment, model, seed, name, value`` and the metrics' axes.
 
@@ -598,9 +612,12 @@ __all__ = [
     "Run",
     "check_results",
     "export",
+    "of_kind",
     "plain",
     "read_metrics",
     "read_runs",
     "run_id",
+    "short_columns",
+    "shown_status",
     "source_line",
 ]

@@ -207,7 +207,7 @@ def _training_speed(runs: pd.DataFrame) -> Iterable[Row]:
         chunks = metrics.reindex(columns=["chunk_size"])["chunk_size"]
         metrics = metrics.assign(chunk=[number(size, 0) for size in chunks])
         table = metrics.pivot_table(index=keys, columns="name", values="value", sort=False)
-        again = (run["parameters"] or {}).get("checkpointing")
+        again = _mapping(run["parameters"]).get("checkpointing")
         for _, row in table.reset_index().iterrows():
             how = [row["mode"], COMPILED[row["compiled"]], row["dtype"]]
             if again:

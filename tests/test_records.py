@@ -17,6 +17,7 @@ from scanlm.records import (
     read_metrics,
     read_runs,
     run_id,
+    short_columns,
     source_line,
 )
 
@@ -195,6 +196,15 @@ def test_outside_a_repository_the_commit_is_what_one_is_told(
     assert git_state(tmp_path) == {"git_commit": "0123abc", "git_dirty": False}
     monkeypatch.setenv("SCANLM_COMMIT", "0123abc-dirty")
     assert git_state(tmp_path) == {"git_commit": "0123abc", "git_dirty": True}
+
+
+def test_columns_by_their_short_names(tmp_path: Path) -> None:
+    make(tmp_path).finish({"loss": 2.0, "seq_len": 9})
+    runs = read_runs(tmp_path)
+    table = short_columns(runs, ["loss", "seed", "config", "seq_len", "never"])
+    assert list(table.columns) == ["loss", "seed", "config", "seq_len"]
+    # the run's own, parameters, and of a final figure and a parameter the figure
+    assert table.iloc[0].to_list() == [2.0, 0, {"chunk_size": 4}, 9]
 
 
 def test_records_are_read_without_torch() -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from scanlm.benchmark.ratios import most_state_bytes
 from scanlm.records import read_metrics
 from scanlm.report_tables import Row, at_positions, number, percent
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 LENGTHS = (180, 1024, 16384)  # of test words of S5
 PROMPT = 10_000  # tokens of the prompt whose reading is told beside that of the longest
-STEP = {"part": "step", "batch_size": 64, "length": 512, "dtype": "bfloat16", "compiled": "yes"}
+STEP = {"part": "step", "dtype": "bfloat16", "compiled": "yes"}
+STEPS = ((64, 512), (1, 131072))  # sequences and tokens in each
 
 
 def headlines(runs: pd.DataFrame) -> list[Row]:
@@ -23,7 +22,8 @@ def headlines(runs: pd.DataFrame) -> list[Row]:
     Args:
         runs: of ``records.read_runs``, with the column ``source``.
     """
-    return [*_inference(runs), *_training(runs), *_perplexity(runs), *_state_tracking(runs)]
+    perplexities = (*_perplexity(runs), *_perplexity_of_seeds(runs))
+    return [*_inference(runs), *_training(runs), *perplexities, *_state_tracking(runs)]
 
 
 def _row(what: str, texts: list[str], source: str) -> Row:
@@ -68,22 +68,23 @@ def _inference(runs: pd.DataFrame) -> Iterator[Row]:
 
 
 def _training(runs: pd.DataFrame) -> Iterator[Row]:
-    for _, run in (
-        runs[runs["experiment"] == "training_speed"]
-        .sort_values("started", ascending=False)
-        .iterrows()
-    ):
-        metrics = read_metrics(run["path"])
-        rows = metrics[metrics["name"] == "tokens_per_second"]
-        for name, value in STEP.items():
-            rows = rows[rows[name] == value]
-        best = rows.groupby("model")["value"].max()
-        scan = best.get("scanlm_base_c64")
-        gpt2 = best[best.index.str.startswith("gpt2")].max()
-        if scan is not None and gpt2 == gpt2:
-            values = [number(value, 0, " tokens/s") for value in (scan, gpt2)]
-            yield _row("training, 64 x 512 tokens a step", values, run["source"])
-            return
+    """Of each size of a step the newest record that has both models, nothing computed again."""
+    runs = runs[runs["experiment"] == "training_speed"].sort_values("started", ascending=False)
+    runs = runs[~runs["parameters"].map(lambda p: bool(p.get("checkpointing"))).astype(bool)]
+    metrics = [(read_metrics(run["path"]), run["source"]) for _, run in runs.iterrows()]
+    for batch_size, length in STEPS:
+        at = {"name": "tokens_per_second", "batch_size": batch_size, "length": length, **STEP}
+        for rows, source in metrics:
+            kept = pd.Series(True, rows.index)
+            for name, value in at.items():
+                kept &= rows.reindex(columns=[name])[name] == value
+            best = rows[kept].groupby("model")["value"].max()
+            scan = best.get("scanlm_base_c64")
+            gpt2 = best[best.index.str.startswith("gpt2")].max()
+            if scan is not None and gpt2 == gpt2:
+                values = [number(value, 0, " tokens/s") for value in (scan, gpt2)]
+                yield _row(f"training, {batch_size} x {length:,} tokens a step", values, source)
+                break
 
 
 def _perplexity(runs: pd.DataFrame) -> Iterator[Row]:
@@ -105,6 +106,27 @@ def _perplexity(runs: pd.DataFrame) -> Iterator[Row]:
     what = f"perplexity on enwiki2019's validation text, trained on {number(tokens, 1)} M tokens"
     first = runs.loc[runs["model"] == scan.idxmin(), "source"].iloc[0]
     yield _row(what, [text, number(gpt2.min())], _with_others(first, len(scan)))
+
+
+def _perplexity_of_seeds(runs: pd.DataFrame) -> Iterator[Row]:
+    """Of the smaller models with several seeds each."""
+    from scanlm.plotting.figures import SMALL, NoRecords, compared_runs
+
+    try:
+        runs = compared_runs(runs[runs["experiment"] == SMALL])
+    except NoRecords:
+        return
+    scan, gpt2 = (runs[runs["model"].str.startswith(name)] for name in ("scanlm", "gpt2"))
+    if scan.empty or gpt2.empty:
+        return
+    texts = []
+    for values in (scan["summary.perplexity"], gpt2["summary.perplexity"]):
+        spread = f"{number(values.min())} to {number(values.max())}, {len(values)} seeds"
+        texts.append(f"{number(values.mean())} ({spread})")
+    size = number(scan["summary.num_parameters"].iloc[0] / 1e6, 0)
+    tokens = number(scan["summary.tokens"].iloc[0] / 1e6, 1)
+    what = f"the same with {size} M parameters, trained on {tokens} M tokens, mean (range)"
+    yield _row(what, texts, _with_others(scan["source"].iloc[0], len(scan) + len(gpt2) - 1))
 
 
 def _chunks(perplexities: pd.Series) -> str:

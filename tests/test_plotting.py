@@ -636,6 +636,7 @@ def export_run(
     loss: float | None = None,
     kind: str = "training",
     device: str = "a device",
+    num_parameters: float = 1e6,
     **fields: object,
 ) -> None:
     """A small exported training run, of a scan model by default."""
@@ -659,7 +660,12 @@ def export_run(
         },
         "status": "finished",
         "device": {"name": device},
-        "summary": {"tokens": steps * 100, "steps": steps, "loss": loss},
+        "summary": {
+            "tokens": steps * 100,
+            "steps": steps,
+            "loss": loss,
+            "num_parameters": num_parameters,
+        },
         "metrics": [
             {"name": "loss", "value": loss, "split": "validation", "flops": 7.0 * steps, **at},
             {"name": "tokens_per_second", "value": 1000.0 * chunk_size, "split": "train", **at},
@@ -708,6 +714,48 @@ def test_a_caption_names_every_device(tmp_path: Path) -> None:
     note = " ".join(figure.get_supxlabel().split())
     assert "; an H100; " in note
     assert note.endswith("and 3 more runs; b, c on an H200")
+
+
+def test_resized_models_are_called_by_their_families(tmp_path: Path) -> None:
+    for model, parameters, loss in (("scanlm_base_c64", 25e6, 2.0), ("gla_170M", 27e6, 3.0)):
+        for seed in (0, 1):
+            export_run(
+                tmp_path, model=model, seed=seed, loss=loss + seed, num_parameters=parameters
+            )
+    (tmp_path / "enwiki2019").rename(tmp_path / figures.SMALL)
+    (ax,) = figures.FIGURES["comparison_small_final"](figures.Records(tmp_path)).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["GLA", "scanlm"]
+    assert texts(ax) == ["3.500", "2.500"]
+    note = " ".join(ax.figure.get_supxlabel().split())
+    assert note.endswith("; and 3 more runs; models of 25.0 to 27.0 million parameters")
+
+
+def export_speed(folder: Path, seed: int, *variants: tuple[str, str]) -> None:
+    """An exported benchmark of training: (model, mode) at two lengths."""
+    run = Run.create("training_speed", "scanlm", {"seed": seed}, seed, root=folder / "runs")
+    for model, mode in variants:
+        for length in (512, 1024):
+            axes = {"part": "step", "model": model, "mode": mode, "compiled": "no"}
+            axes |= {"length": length, "batch_size": 1024 // length, "dtype": "bfloat16"}
+            axes |= {"chunk_size": 64} if model == "scanlm" else {}
+            run.log("tokens_per_second", 1e3 + seed, **axes)
+    run.finish({})
+    export(run.folder, folder / "results")
+
+
+def test_speed_is_of_the_record_with_most_models(tmp_path: Path) -> None:
+    export_speed(tmp_path, 0, ("scanlm", "blelloch"), ("gpt2", "default"))
+    records = figures.Records(tmp_path / "results")
+    with pytest.raises(figures.NoRecords):
+        figures.FIGURES["training_modes_by_length"](records)
+    export_speed(tmp_path, 1, ("scanlm", "blelloch"), ("scanlm", "sequential"))
+    for name, expected in (
+        ("training_speed_by_length", {"scanlm": 1000.0, "GPT-2": 1000.0}),
+        ("training_modes_by_length", {"scanlm": 1001.0, "scanlm, sequential": 1001.0}),
+    ):
+        (ax,) = figures.FIGURES[name](records).axes
+        drawn = {line.get_label(): line.get_ydata() for line in ax.lines if len(line.get_ydata())}
+        assert {label: values[0] for label, values in drawn.items()} == expected
 
 
 def test_curves_of_training_are_of_runs_that_were_trained(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ from scanlm.variations import change_text, changes
 
 logger = logging.getLogger(__name__)
 
+SMALL = "enwiki2019_small"  # the study of smaller models with seeds
+
 
 class NoRecords(Exception):
     """A figure's records are not there (yet)."""
@@ -186,12 +188,29 @@ def compared_runs(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.merge(best, on=["model", "lr"])
 
 
+def _compared(records: Records, experiment: str) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """Runs of different models on the same tokens, their metrics and the caption.
+
+    Where the shapes of registry entries were changed, which their ids would not tell, models are
+    called by their families, and the caption says how large they are.
+    """
+    runs = compared_runs(records.runs(experiment))
+    metrics, caption = records.metrics(experiment, runs)
+    families = runs["model"].map(family_of)
+    if experiment == SMALL and families.notna().all():
+        if families.nunique() == runs["model"].nunique():
+            runs = runs.assign(model=families)
+            metrics = metrics.assign(model=metrics["model"].map(family_of))
+        sizes = runs["summary.num_parameters"] / 1e6
+        caption += f"; models of {sizes.min():.1f} to {sizes.max():.1f} million parameters"
+    return runs, metrics, caption
+
+
 def _comparison(
     draw: Callable[..., Figure], experiment: str = "enwiki2019"
 ) -> Callable[[Records], Figure]:
     def make(records: Records) -> Figure:
-        runs = compared_runs(records.runs(experiment))
-        metrics, caption = records.metrics(experiment, runs)
+        _, metrics, caption = _compared(records, experiment)
         return draw(metrics, source=caption)
 
     return make
@@ -217,13 +236,18 @@ def _text_ablations(records: Records) -> Figure:
     )
 
 
-def _differences(records: Records) -> Figure:
+def _differences(experiment: str) -> Callable[[Records], Figure]:
     """Loss by position against the smallest GPT-2, so that what the text does to all cancels."""
-    runs = compared_runs(records.runs("enwiki2019"))
-    metrics, caption = records.metrics("enwiki2019", runs)
-    gpt2 = runs[runs["model"].map(family_of) == "gpt2"].sort_values("summary.num_parameters")
-    reference = (gpt2 if len(gpt2) else runs)["model"].iloc[0]
-    return comparison.position_differences(metrics, reference, window=16, source=caption)
+
+    def make(records: Records) -> Figure:
+        runs, metrics, caption = _compared(records, experiment)
+        gpt2 = runs[runs["model"].map(family_of) == "gpt2"].sort_values("summary.num_parameters")
+        reference = (gpt2 if len(gpt2) else runs)["model"].iloc[0]
+        sizes = runs["parameters"].map(lambda p: (p.get("config") or {}).get("chunk_size"))
+        size = int(sizes.max()) if sizes.nunique() == 1 else None
+        return comparison.position_differences(metrics, reference, size, window=16, source=caption)
+
+    return make
 
 
 def _scored_texts(records: Records) -> Figure:
@@ -250,14 +274,22 @@ def _scored_texts(records: Records) -> Figure:
 
 
 def _speed(draw: Callable[..., Figure], **axes: Any) -> Callable[[Records], Figure]:
-    """Of the newest run that has what the figure needs, measured at ``axes``."""
+    """Of the run with most models, and of several the newest, that has what the figure needs.
+
+    Args:
+        draw: makes the figure of a run's metrics, or raises a ``ScanLMError``.
+        axes: only what was measured at these.
+    """
 
     def make(records: Records) -> Figure:
         runs = records.runs("training_speed").sort_values("started", ascending=False)
+        found = []
         for place in range(len(runs)):
             metrics, caption = records.metrics("training_speed", runs.iloc[place : place + 1])
             for axis, value in axes.items():  # a run stopped early has no axes
                 metrics = metrics[metrics.reindex(columns=[axis])[axis] == value]
+            found.append((metrics, caption))
+        for metrics, caption in sorted(found, key=lambda it: -it[0]["model"].nunique()):
             try:
                 return draw(metrics, source=caption)
             except ScanLMError:
@@ -265,6 +297,19 @@ def _speed(draw: Callable[..., Figure], **axes: Any) -> Callable[[Records], Figu
         raise NoRecords("no run of training_speed has these measurements")
 
     return make
+
+
+def _modes_by_length(metrics: pd.DataFrame, source: str) -> Figure:
+    """The scan level by level and node by node.
+
+    Raises:
+        ScanLMError: one of the two was not measured at several lengths.
+    """
+    if "mode" not in metrics or "sequential" not in set(metrics["mode"]):
+        raise ScanLMError("the records have no train_mode sequential")
+    figure = speed.by_length(metrics, source=source)
+    figure.axes[0].set_title("One tree, level by level and node by node (sequential)")
+    return figure
 
 
 def _small_models() -> tuple[Any, Any, Any]:
@@ -463,17 +508,17 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "cost_by_chunk_size": _cost_by_chunk_size,
     "training_speed": _speed(speed.by_model, batch_size=64, length=512),
     "training_speed_by_length": _speed(speed.by_length),
+    "training_modes_by_length": _speed(_modes_by_length, dtype="bfloat16"),
     "training_memory_by_length": _speed(partial(speed.by_length, name="peak_memory_bytes")),
     "training_time_by_kernel": _speed(speed.by_kernel),
     "training_speed_by_chunk_size": _speed(speed.by_chunk_size),
     "reading_the_past": lambda _: comparison.reading_the_past(),
     "comparison": _comparison(partial(comparison.cost_curves, xs=("tokens", "flops", "seconds"))),
     "comparison_final": _comparison(comparison.final_values),
-    "comparison_small": _comparison(
-        partial(comparison.cost_curves, xs=("tokens", "flops")), "enwiki2019_small"
-    ),
-    "comparison_small_final": _comparison(comparison.final_values, "enwiki2019_small"),
-    "comparison_positions": _differences,
+    "comparison_small": _comparison(partial(comparison.cost_curves, xs=("tokens", "flops")), SMALL),
+    "comparison_small_final": _comparison(comparison.final_values, SMALL),
+    "comparison_positions": _differences("enwiki2019"),
+    "comparison_small_positions": _differences(SMALL),
     "text_ablations": _text_ablations,
     "comparison_texts": _scored_texts,
     "state_bytes": _state_bytes,

@@ -9,6 +9,7 @@ operations a step.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -27,9 +28,7 @@ def compile_model(model: nn.Module, backend: str = "inductor", many_shapes: bool
 
     A scan model: the leaves, T2's blocks and its final norm, T1 for any number of pairs, and the
     loss. Mamba2, GLA and Gated DeltaNet in plain torch: their blocks. Another model: as a whole.
-    Call it before the model is wrapped for several ranks, and evaluate under
-    ``torch.compiler.set_stance("eager_on_recompile")``, so that a batch of another shape is not
-    compiled for.
+    Call it before the model is wrapped for several ranks, and evaluate under ``as_compiled``.
 
     Args:
         model: any causal language model.
@@ -57,6 +56,14 @@ def compile_model(model: nn.Module, backend: str = "inductor", many_shapes: bool
     ):
         compiled = torch.compile(getattr(owner, name), backend=backend, dynamic=False)
         setattr(owner, name, compiled)
+
+
+def as_compiled() -> AbstractContextManager[Any]:
+    """In this context nothing is compiled: shapes that were run compiled still are, others plainly.
+
+    For evaluations, whose batches come in shapes that are not worth the time of compiling them.
+    """
+    return torch.compiler.set_stance("eager_on_recompile")
 
 
 def _equal_blocks(model: Any, many_shapes: bool) -> nn.ModuleList | None:

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from scanlm.compiling import as_compiled
 from scanlm.curriculum_settings import (
     PRESETS,
     Stage,
@@ -231,7 +232,7 @@ class _Trainee:
         rows: list[tuple[str, float, dict[str, Any]]] = []
         reaches = {}
         # each length is a new shape: to compile hundreds of chunks takes longer than to run them
-        with torch.compiler.set_stance("eager_on_recompile"):
+        with as_compiled():
             for precision in settings.eval_precisions if lengths else ():
                 result = evaluate_lengths(
                     model,

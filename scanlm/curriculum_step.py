@@ -17,6 +17,7 @@ import gc
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from scanlm import baselines
 from scanlm.baselines import ModelEntry, load_entry
-from scanlm.compiling import compile_model
+from scanlm.compiling import as_compiled, compile_model
 from scanlm.curriculum_settings import Stage, StateTrackingSettings
 from scanlm.groups import get_group, word_batch
 from scanlm.length_evaluation import check_lengths, word_logits
@@ -327,8 +328,7 @@ class Learner:
 
     def _eager(self, function: Callable[[], None], training: bool = True) -> None:
         self.model.train(training)
-        # words of validation are not worth a compilation
-        with torch.compiler.set_stance("default" if training else "eager_on_recompile"):
+        with nullcontext() if training else as_compiled():
             function()
 
     def _capture(self, function: Callable[[], None], training: bool) -> Callable[[], None]:

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from scanlm.data.files import read_json
 from scanlm.errors import ScanLMError
 
 PREFIX = "model."  # what torchtitan calls the model beside the optimiser
@@ -56,7 +57,7 @@ def convert(folder: Path, build: Any, config_text: str | None) -> Path:
     source = {"metadata_sha256": metadata_hash}
     if config_text is not None:
         source["config_sha256"] = _sha256(config_text.encode())
-    if source.items() <= _read_json(out / SOURCE).items():
+    if source.items() <= read_json(out / SOURCE).items():
         return out
     if config_text is None:
         raise ScanLMError(
@@ -189,14 +190,6 @@ def _replace_folder(new: Path, old: Path) -> None:
         os.replace(old, aside / old.name)
         shutil.rmtree(aside, ignore_errors=True)
     os.replace(new, old)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _sha256(data: bytes) -> str:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from scanlm.errors import ScanLMError, nearest
 from scanlm.provenance import command, device_info, git_state, versions
-from scanlm.values import natural_key
+from scanlm.values import mapping_or_empty, natural_key
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -318,7 +318,7 @@ def of_kind(runs: pd.DataFrame, kind: str) -> pd.DataFrame:
 
     Those that were stopped have no final figures.
     """
-    fitting = runs["parameters"].map(lambda p: _mapping(p).get("kind") == kind)
+    fitting = runs["parameters"].map(lambda p: mapping_or_empty(p).get("kind") == kind)
     return runs[fitting & (runs["status"] == "finished")]
 
 
@@ -419,15 +419,15 @@ def source_line(run: Run | Mapping[str, Any] | pd.Series) -> str:
         run: a run, a record, or a row of ``read_runs``.
     """
     record: Any = {**run.info, "summary": run.summary} if isinstance(run, Run) else run
-    summary = _mapping(record.get("summary"))
-    device, used = _mapping(record.get("device")), _mapping(record.get("versions"))
+    summary = mapping_or_empty(record.get("summary"))
+    device, used = mapping_or_empty(record.get("device")), mapping_or_empty(record.get("versions"))
     parts = [str(record.get("model"))]
     steps = summary.get("steps", summary.get("step"))
     if steps is not None:
         parts.append(f"{int(steps):,} steps")
     if summary.get("tokens") is not None:
         parts.append(f"{int(summary['tokens']):,} tokens")
-    corpus = str(_mapping(record.get("parameters")).get("corpus", ""))
+    corpus = str(mapping_or_empty(record.get("parameters")).get("corpus", ""))
     usual = re.sub(r"\W", "", corpus) == record.get("experiment")
     if corpus and not usual:  # such as a part of a text, which a caption must say
         parts.append(f"on {corpus}")
@@ -584,10 +584,6 @@ def _without_paths(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_paths(item) for item in value]
     return _PRIVATE.sub("", value) if isinstance(value, str) else value
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _unused(folder: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from scanlm.errors import ScanLMError
 from scanlm.records import of_kind, read_metrics, shown_status
+from scanlm.values import mapping_or_empty
 from scanlm.variations import change_text, changes
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def percent(share: Any) -> str:
 
 def source(run: pd.Series) -> str:
     """Link, device, commit, and whether the run was stopped: the rest is in the record."""
-    device = run["device"] if isinstance(run["device"], Mapping) else {}
+    device = mapping_or_empty(run["device"])
     gpu = re.search(r"[A-Z]\d+00", str(device.get("name")))
     parts = [gpu[0] if gpu else str(device.get("name", "")), str(run["git_commit"] or "")[:8]]
     if run["git_dirty"]:
@@ -58,10 +59,6 @@ def source(run: pd.Series) -> str:
     if run["status"] != "finished":
         parts.append(shown_status(run["status"]))
     return f"[record]({run['link']}): " + ", ".join(part for part in parts if part)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _of(runs: pd.DataFrame, experiment: str) -> pd.DataFrame:
@@ -81,13 +78,13 @@ def at_positions(runs: pd.DataFrame) -> pd.DataFrame:
 def _training(runs: pd.DataFrame) -> Iterable[Row]:
     """Of each experiment the longest runs first, and of these the best."""
     runs = of_kind(runs, "training")
-    summaries = runs["summary"].map(_mapping)
+    summaries = runs["summary"].map(mapping_or_empty)
     runs = runs.assign(
         trained=summaries.map(lambda s: -s["tokens"]), loss=summaries.map(lambda s: s["loss"])
     )
     for _, run in runs.sort_values(["experiment", "trained", "loss"]).iterrows():
-        parameters, summary = run["parameters"], _mapping(run["summary"])
-        config = _mapping(parameters.get("config"))
+        parameters, summary = run["parameters"], mapping_or_empty(run["summary"])
+        config = mapping_or_empty(parameters.get("config"))
         is_scan = config.get("model_type") == "scanlm"
         found = changes(str(run["model"]), parameters)
         changed = [
@@ -118,7 +115,7 @@ def _training(runs: pd.DataFrame) -> Iterable[Row]:
 
 def _evaluation(runs: pd.DataFrame) -> Iterable[Row]:
     for _, run in of_kind(runs, "evaluation").iterrows():
-        parameters, summary = run["parameters"], _mapping(run["summary"])
+        parameters, summary = run["parameters"], mapping_or_empty(run["summary"])
         context = str(parameters["context"])
         if context == "sliding":
             context += f", stride {parameters['stride']}"
@@ -161,8 +158,9 @@ def _state_tracking(runs: pd.DataFrame) -> Iterable[Row]:
         yield {
             "model": str(run["series"]),
             "seed": str(run["seed"]),
-            "parameters": number(_mapping(run["summary"]).get("parameters", 0) / 1e6, 1) + " M",
-            "steps": number(_mapping(run["summary"]).get("steps"), 0),
+            "parameters": number(mapping_or_empty(run["summary"]).get("parameters", 0) / 1e6, 1)
+            + " M",
+            "steps": number(mapping_or_empty(run["summary"]).get("steps"), 0),
             "trained to": f"{last['length']}, dropout {last['dropout']:g}",
             **{f"right at {n:,}": percent(found[n]) for n in LENGTHS if n in found},
             "reach": f"{run['reach']:,}",
@@ -207,7 +205,7 @@ def _training_speed(runs: pd.DataFrame) -> Iterable[Row]:
         chunks = metrics.reindex(columns=["chunk_size"])["chunk_size"]
         metrics = metrics.assign(chunk=[number(size, 0) for size in chunks])
         table = metrics.pivot_table(index=keys, columns="name", values="value", sort=False)
-        again = _mapping(run["parameters"]).get("checkpointing")
+        again = mapping_or_empty(run["parameters"]).get("checkpointing")
         for _, row in table.reset_index().iterrows():
             how = [row["mode"], COMPILED[row["compiled"]], row["dtype"]]
             if again:

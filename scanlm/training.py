@@ -31,7 +31,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from scanlm.compiling import compile_model
+from scanlm.compiling import as_compiled, compile_model
 from scanlm.data import (
     Blocks,
     TokenizedCorpus,
@@ -256,8 +256,7 @@ class _Session:
     def _evaluate(self, max_tokens: int | None) -> Evaluation:
         s = self.settings
         try:
-            # not worth a compilation for every shape of its batches
-            with torch.compiler.set_stance("eager_on_recompile"):
+            with as_compiled():
                 return evaluate_blocks(
                     self.model,
                     self.tokens["validation"].tokens,

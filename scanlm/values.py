@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,11 @@ def check_picture(path: str | Path) -> None:
     """
     if Path(path).suffix not in PICTURES:
         raise ScanLMError(f"figure {str(path)!r} must end in {', '.join(PICTURES)}")
+
+
+def mapping_or_empty(value: Any) -> Mapping[str, Any]:
+    """A mapping as it is, and an empty one for what is none: a missing cell of a table, say."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:

@@ -405,13 +405,33 @@ def test_an_interrupt_ends_what_runs_in_order(
             wait_for(log, "began")
             signal.raise_signal(number)
 
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    with pytest.raises(local.Interrupted, match="1 of 3 runs done, 2 left; the same") as caught:
-        local.LocalSweep(runs, "name", 3, say=say).carry_out()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    outside = signal.getsignal(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+    try:
+        handlers = [signal.getsignal(n) for n in numbers]
+        with pytest.raises(local.Interrupted, match="1 of 3 runs done, 2 left; the same") as caught:
+            local.LocalSweep(runs, "name", 3, say=say).carry_out()
+        assert [signal.getsignal(n) for n in numbers] == handlers
+    finally:
+        signal.signal(signal.SIGHUP, outside)
     assert [o.name for o in caught.value.outcomes] == ["finished", "interrupted", "waiting"]
     assert log.read_text().endswith("began\nsaved\n")
-    after = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    assert after == handlers
+
+
+def test_what_runs_under_nohup_outlives_the_terminal(
+    make_runs: Callable[..., list[SweepRun]],
+) -> None:
+    outside = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def say(_: str) -> None:
+        signal.raise_signal(signal.SIGHUP)
+
+    try:
+        done = local.LocalSweep(make_runs("fine", "fine"), "name", 1, say=say).carry_out()
+    finally:
+        signal.signal(signal.SIGHUP, outside)
+    assert [o.name for o in done] == ["finished", "finished"]
 
 
 def test_two_sweeps_never_write_one_record(

@@ -24,8 +24,8 @@ INTRODUCTION = """# Recorded runs
 
 Made by `scanlm report` from the records in this folder. How they were made is in
 [data/README.md](../README.md), and in each record: its command, settings, seed, commit, device and
-versions. A record that says "interrupted" or "unfinished" holds what was measured until it was stopped,
-or copied."""
+versions. A record that says "interrupted" or "unfinished" holds what was measured until it was
+stopped, or copied."""
 
 
 def results_section(results: str | Path = "data/results", link_from: str | Path = ".") -> str:

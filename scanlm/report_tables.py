@@ -324,8 +324,9 @@ TABLES = (
         "Loss in nats per token on the validation split, every token scored; beside it the entropy "
         "of a unigram model of the same text. Steps and tokens say how far a run went: none of "
         "these is the paper's training unless it has the paper's steps and corpus. Minutes are all "
-        "of a run: compilation and validation too; GB is the most memory it held, which of the "
-        "smaller models validation takes: a step's own is under Training speed.",
+        "of a run: compilation and validation too; GB is the most memory it held: with the "
+        "smaller models that was validation, which now holds the logits of fewer blocks at a time. "
+        "What a step takes is under Training speed.",
         _training,
     ),
     Table(

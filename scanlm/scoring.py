@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from scanlm.errors import ScanLMError, nearest
 
-LOGITS_PER_SLICE = 2**26  # a quarter of a gigabyte of float32
+LOGITS_AT_ONCE = 2**28  # of a batch: a gigabyte of float32, which training makes of them
+LOGITS_PER_SLICE = 2**26  # of these in float32: a quarter of a gigabyte
 PRECISIONS = {
     "fp32": torch.float32,
     "float32": torch.float32,
@@ -127,7 +128,8 @@ def evaluate_blocks(
         model: any causal language model of transformers' form; its mode is left as it was.
         tokens: ``(n,)`` integers, e.g. a memory map.
         seq_len: tokens a block reads; position p of block b predicts token b * seq_len + p + 1.
-        batch_size: blocks at a time; no result depends on it.
+        batch_size: most blocks at a time; fewer where their logits would take more than a
+            gigabyte in float32. No result depends on it.
         device: move the model there; by default it stays.
         precision: "fp32", "bf16" or "fp16" autocast; by default as the weights are.
         max_tokens: score only the first so many tokens.
@@ -187,6 +189,7 @@ def evaluate_sliding(
     check_context(model, min(seq_len, targets))
     sums, counts = np.zeros(seq_len), np.zeros(seq_len, dtype=np.int64)
     scored = _scored_positions(0, seq_len, chunk_size)
+    batch_size = min(batch_size, _most_windows(model, seq_len))
     with _evaluating(model, device, precision) as place:
         for starts in _progress(_batches(targets, seq_len, stride, batch_size), progress):
             length = min(seq_len, targets - starts[0])
@@ -195,6 +198,7 @@ def evaluate_sliding(
             logits = model(input_ids=windows[:, :-1], use_cache=False).logits
             first = 0 if starts[0] == 0 and len(starts) == 1 else seq_len - stride
             losses = _token_losses(logits[:, first:], windows[:, first + 1 :])
+            del logits  # else they would be held beside those of the next batch
             for start, row in zip(starts, losses, strict=True):
                 _check_finite(row, start + first, f"position {{}} of the window at token {start}")
                 keep = scored[first:length]
@@ -278,6 +282,11 @@ def check_context(model: nn.Module, length: int, streaming: bool = False) -> Non
     )
 
 
+def _most_windows(model: nn.Module, seq_len: int) -> int:
+    """How many windows' logits may be held at once; at least one window's are."""
+    return max(LOGITS_AT_ONCE // (seq_len * (_vocab_size(model) or 1)), 1)
+
+
 def _batches(targets: int, seq_len: int, stride: int, batch_size: int) -> list[range]:
     """Starts of windows, in batches whose windows have one length and one part to score."""
     windows = 1 + max(0, -(-(targets - seq_len) // stride))
@@ -336,6 +345,10 @@ def _carried_state(model: nn.Module, out: Any) -> dict[str, Any]:
     )
 
 
+def _vocab_size(model: nn.Module) -> int | None:
+    return getattr(getattr(model, "config", None), "vocab_size", None)
+
+
 def _checked_tokens(model: nn.Module, tokens: Any, max_tokens: int | None) -> np.ndarray:
     """The tokens to read, of which all but the first are scored, ``(n,)``."""
     tokens = tokens.numpy() if isinstance(tokens, Tensor) else np.asanyarray(tokens)
@@ -349,7 +362,7 @@ def _checked_tokens(model: nn.Module, tokens: Any, max_tokens: int | None) -> np
             f"nothing to evaluate: {len(tokens)} tokens, and the first is predicted from nothing; "
             "at least 2 are needed"
         )
-    vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+    vocab_size = _vocab_size(model)
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or (vocab_size is not None and high >= vocab_size):
         raise ScanLMError(

@@ -296,6 +296,18 @@ def test_logits_are_converted_a_slice_at_a_time(monkeypatch):
     np.testing.assert_allclose(sliced.sums, whole.sums, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("at_once", "windows"), [(2 * 8 * VOCAB, [2, 2, 1]), (1, [1] * 5)])
+def test_as_many_windows_at_a_time_as_their_logits_allow(monkeypatch, at_once, windows):
+    model, tokens = gpt2(), text(1 + 5 * 8)
+    whole = evaluate_blocks(model, tokens, 8)
+    seen = []
+    model.register_forward_hook(lambda _, __, out: seen.append(len(out.logits)))
+    monkeypatch.setattr("scanlm.scoring.LOGITS_AT_ONCE", at_once)
+    split = evaluate_blocks(model, tokens, 8)
+    assert seen == windows
+    np.testing.assert_allclose(split.sums, whole.sums, rtol=0, atol=1e-5)
+
+
 def test_bf16_weights_are_scored_in_float32():
     # logits of 0 and 1/128: in bf16 the log-sum-exp would round to the nearest 1/64
     model = Bigram().to(torch.bfloat16)

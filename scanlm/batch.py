@@ -3,6 +3,9 @@
 A notebook is executed by papermill in the environment that runs this code. Its cell tagged
 ``parameters`` holds lines ``name = literal  # comment``; a preset is a YAML file
 ``notebooks/presets/<notebook>/<preset>.yaml`` that maps some of these names to values.
+
+A parameter's comment is also its rule: "at least 3" bounds a number, or each entry of a list; "one
+or more" asks for a list that is not empty; only where it speaks of ``None`` may that be the value.
 """
 
 from __future__ import annotations
@@ -70,6 +73,11 @@ def notebook_parameters(notebook: str | Path) -> dict[str, Any]:
     Raises:
         ScanLMError: a file that is no notebook.
     """
+    return {name: default for name, (default, _) in _inspect(notebook).items()}
+
+
+def _inspect(notebook: str | Path) -> dict[str, tuple[Any, str]]:
+    """Of each parameter the default and the comment."""
     import papermill
 
     _quiet_papermill()
@@ -78,7 +86,7 @@ def notebook_parameters(notebook: str | Path) -> dict[str, Any]:
     # nbformat raises its own exceptions, json's and jsonschema's
     except Exception as error:
         raise ScanLMError(f"{notebook} is not a notebook: {last_line(error)}") from error
-    return {name: _literal(found["default"]) for name, found in inspected.items()}
+    return {n: (_literal(found["default"]), found["help"]) for n, found in inspected.items()}
 
 
 def read_preset(notebook: str | Path, preset: str | Path) -> dict[str, Any]:
@@ -108,23 +116,32 @@ def resolve_parameters(
     """What to inject: the preset's values, overridden by ``parameters``.
 
     papermill only warns about a name that the notebook does not have, and knows no types; here
-    both are checked before anything runs.
+    both are checked before anything runs, and what the parameter's comment asks for.
 
     Raises:
-        ScanLMError: an unknown name, or a value of another type than the notebook's default.
+        ScanLMError: an unknown name, a value of another type than the notebook's default, or one
+            that the comment rules out.
     """
-    defaults = notebook_parameters(notebook)
+    known = _inspect(notebook)
     stem = Path(notebook).stem
     values = read_preset(notebook, preset) if preset is not None else {}
     for source, given in ((f" (preset {preset})", values), ("", dict(parameters or {}))):
         for name, value in given.items():
-            if name not in defaults:
-                hint = nearest(name, defaults) if defaults else " It has no parameters."
+            if name not in known:
+                hint = nearest(name, known) if known else " It has no parameters."
                 raise ScanLMError(f"notebook {stem} has no parameter {name!r}{source}.{hint}")
-            if not _fits(value, defaults[name]):
+            default, comment = known[name]
+            if value is None and "None" in comment:
+                continue
+            if not _fits(value, default):
                 raise ScanLMError(
-                    f"{name}={value!r}{source}: expected {type(defaults[name]).__name__}, like "
-                    f"the default {defaults[name]!r} of notebook {stem}"
+                    f"{name}={value!r}{source}: expected {_kind(default)}, like the default "
+                    f"{default!r} of notebook {stem}"
+                )
+            if not _allowed(value, comment):
+                raise ScanLMError(
+                    f"{name}={value!r}{source}: notebook {stem} expects {comment!r}, like the "
+                    f"default {default!r}"
                 )
     return values | dict(parameters or {})
 
@@ -249,15 +266,34 @@ def _literal(source: str) -> Any:
 
 
 def _fits(value: Any, default: Any) -> bool:
-    if value is None or default is None:
+    """Is a value of the default's type, and a list's entries of that of the default's entries?"""
+    if default is None:
         return True
     if isinstance(value, bool) or isinstance(default, bool):
         return isinstance(value, bool) and isinstance(default, bool)
     if isinstance(default, float):
         return isinstance(value, int | float)
     if isinstance(default, list | tuple):
-        return isinstance(value, list | tuple)
+        kinds = {type(entry): entry for entry in default}
+        (like,) = kinds.values() if len(kinds) == 1 else (None,)
+        return isinstance(value, list | tuple) and all(_fits(entry, like) for entry in value)
     return isinstance(value, type(default))
+
+
+def _kind(default: Any) -> str:
+    kinds = {type(entry).__name__ for entry in default} if isinstance(default, list) else ()
+    entries = f" of {next(iter(kinds))}" if len(kinds) == 1 else ""
+    return type(default).__name__ + entries
+
+
+def _allowed(value: Any, comment: str) -> bool:
+    """Is a value within what the parameter's comment says?"""
+    entries = value if isinstance(value, list | tuple) else [value]
+    if "one or more" in comment and not entries:
+        return False
+    least = re.search(r"at least (\d+)", comment)
+    numbers = [entry for entry in entries if isinstance(entry, int | float)]
+    return least is None or all(number >= int(least[1]) for number in numbers)
 
 
 def last_line(error: object) -> str:

@@ -16,7 +16,8 @@ from scanlm.batch import (
 from scanlm.errors import ScanLMError
 
 PARAMETERS = (
-    "steps = 3  # a comment\nlr = 0.5\nname = 'a'\nfast = True\nsizes = [1, 2]\nseed = None"
+    "steps = 3  # a comment, at least 1\nlr = 0.5\nname = 'a'\nfast = True\n"
+    "sizes = [1, 2]  # one or more, at least 1\nseed = None\nlimit = 4  # None: no limit"
 )
 BODY = """
 from pathlib import Path
@@ -73,13 +74,15 @@ def test_a_number_of_two_notebooks_is_refused(notebook: Path) -> None:
 
 def test_parameters_and_their_defaults(notebook: Path) -> None:
     expected = {"steps": 3, "lr": 0.5, "name": "a", "fast": True, "sizes": [1, 2], "seed": None}
-    assert notebook_parameters(notebook) == expected
+    assert notebook_parameters(notebook) == {**expected, "limit": 4}
 
 
 def test_explicit_parameters_win_over_the_preset(notebook: Path) -> None:
     values = resolve_parameters(notebook, "smoke", {"steps": 9, "seed": 4})
     assert values == {"steps": 9, "lr": 1e-3, "seed": 4}
     assert resolve_parameters(notebook, None, {"lr": 2}) == {"lr": 2}  # a whole number is a float
+    assert resolve_parameters(notebook, None, {"limit": None}) == {"limit": None}
+    assert resolve_parameters(notebook, None, {"steps": 1, "sizes": [1]})["sizes"] == [1]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +95,16 @@ def test_explicit_parameters_win_over_the_preset(notebook: Path) -> None:
         (None, {"steps": 1.5}, r"steps=1\.5: expected int, like the default 3"),
         (None, {"steps": True}, "steps=True: expected int"),
         (None, {"fast": 1}, "fast=1: expected bool"),
-        (None, {"sizes": 3}, "sizes=3: expected list"),
+        (None, {"sizes": 3}, "sizes=3: expected list of int"),
+        (None, {"sizes": ["a"]}, r"sizes=\['a'\]: expected list of int, like the default \[1, 2\]"),
+        (None, {"sizes": []}, r"sizes=\[\]: notebook 07_small expects 'one or more, at least 1'"),
+        (None, {"sizes": [3, 0]}, r"sizes=\[3, 0\]: notebook 07_small expects 'one or more, at"),
+        (
+            None,
+            {"steps": 0},
+            "steps=0: notebook 07_small expects 'a comment, at least 1', like the",
+        ),
+        (None, {"steps": None}, "steps=None: expected int"),
         (None, {"lr": "fast"}, "lr='fast': expected float"),
     ],
 )

@@ -78,10 +78,9 @@ def select(metrics: pd.DataFrame, name: str, part: str | None = None) -> pd.Data
     if part is not None and "part" in rows:
         rows = rows[rows["part"] == part]
     if rows.empty:
-        where = f" in the part {part!r}" if part else ""
-        raise ScanLMError(
-            f"the records have no {name!r}{where}.{nearest(name, metrics['name'].unique())}"
-        )
+        if part and name in set(metrics["name"]):
+            raise ScanLMError(f"the records have no {name!r} in the part {part!r}: it was not run")
+        raise ScanLMError(f"the records have no {name!r}.{nearest(name, metrics['name'].unique())}")
     return rows
 
 

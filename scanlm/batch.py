@@ -274,16 +274,20 @@ def _fits(value: Any, default: Any) -> bool:
     if isinstance(default, float):
         return isinstance(value, int | float)
     if isinstance(default, list | tuple):
-        kinds = {type(entry): entry for entry in default}
-        (like,) = kinds.values() if len(kinds) == 1 else (None,)
+        like = _entry(default)
         return isinstance(value, list | tuple) and all(_fits(entry, like) for entry in value)
     return isinstance(value, type(default))
 
 
+def _entry(default: Any) -> Any:
+    """An entry of a list whose entries are of one type; ``None`` of anything else."""
+    alike = isinstance(default, list | tuple) and len({type(entry) for entry in default}) == 1
+    return default[0] if alike else None
+
+
 def _kind(default: Any) -> str:
-    kinds = {type(entry).__name__ for entry in default} if isinstance(default, list) else ()
-    entries = f" of {next(iter(kinds))}" if len(kinds) == 1 else ""
-    return type(default).__name__ + entries
+    entry = _entry(default)
+    return type(default).__name__ + ("" if entry is None else f" of {type(entry).__name__}")
 
 
 def _allowed(value: Any, comment: str) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from scanlm.benchmark.ratios import most_state_bytes
-from scanlm.records import read_metrics
+from scanlm.records import read_metrics, rows_at
 from scanlm.report_tables import Row, at_positions, number, percent
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LENGTHS = (180, 1024, 16384)  # of test words of S5
 PROMPT = 10_000  # tokens of the prompt whose reading is told beside that of the longest
@@ -73,12 +75,14 @@ def _training(runs: pd.DataFrame) -> Iterator[Row]:
     runs = runs[~runs["parameters"].map(lambda p: bool(p.get("checkpointing"))).astype(bool)]
     metrics = [(read_metrics(run["path"]), run["source"]) for _, run in runs.iterrows()]
     for batch_size, length in STEPS:
-        at = {"name": "tokens_per_second", "batch_size": batch_size, "length": length, **STEP}
+        at: dict[str, Any] = {
+            "name": "tokens_per_second",
+            "batch_size": batch_size,
+            "length": length,
+            **STEP,
+        }
         for rows, source in metrics:
-            kept = pd.Series(True, rows.index)
-            for name, value in at.items():
-                kept &= rows.reindex(columns=[name])[name] == value
-            best = rows[kept].groupby("model")["value"].max()
+            best = rows_at(rows, **at).groupby("model")["value"].max()
             scan = best.get("scanlm_base_c64")
             gpt2 = best[best.index.str.startswith("gpt2")].max()
             if scan is not None and gpt2 == gpt2:
@@ -87,36 +91,41 @@ def _training(runs: pd.DataFrame) -> Iterator[Row]:
                 break
 
 
-def _perplexity(runs: pd.DataFrame) -> Iterator[Row]:
+def _scan_and_gpt2(runs: pd.DataFrame, experiment: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Of the compared runs those of models that scan, and of GPT-2; empty if there are none."""
     from scanlm.plotting.figures import NoRecords, compared_runs, unscanned
 
+    runs = runs[runs["experiment"] == experiment]
     try:
-        runs = compared_runs(runs[runs["experiment"] == "enwiki2019"])
+        runs = compared_runs(runs)
     except NoRecords:
-        return
+        return runs[:0], runs[:0]
     runs = runs[~unscanned(runs)]
-    values = runs.set_index("model")["summary.perplexity"]
-    scan, gpt2 = (values[values.index.str.startswith(name)] for name in ("scanlm", "gpt2"))
+    models = runs["model"].str
+    return runs[models.startswith("scanlm")], runs[models.startswith("gpt2")]
+
+
+def _perplexity(runs: pd.DataFrame) -> Iterator[Row]:
+    scan, gpt2 = _scan_and_gpt2(runs, "enwiki2019")
     if scan.empty or gpt2.empty:
         return
-    text = number(scan.min())
+    values = scan.set_index("model")["summary.perplexity"]
+    text = number(values.min())
     if len(scan) > 1:
-        text += f" to {number(scan.max())} (chunks of {_chunks(scan)})"
-    tokens = runs["summary.tokens"].iloc[0] / 1e6
-    what = f"perplexity on enwiki2019's validation text, trained on {number(tokens, 1)} M tokens"
-    first = runs.loc[runs["model"] == scan.idxmin(), "source"].iloc[0]
-    yield _row(what, [text, number(gpt2.min())], _with_others(first, len(scan)))
+        text += f" to {number(values.max())} (chunks of {_chunks(values)})"
+    tokens = number(scan["summary.tokens"].iloc[0] / 1e6, 1)
+    what = f"perplexity on enwiki2019's validation text, trained on {tokens} M tokens"
+    first = scan.loc[scan["model"] == values.idxmin(), "source"].iloc[0]
+    yield _row(
+        what, [text, number(gpt2["summary.perplexity"].min())], _with_others(first, len(scan))
+    )
 
 
 def _perplexity_of_seeds(runs: pd.DataFrame) -> Iterator[Row]:
     """Of the smaller models with several seeds each."""
-    from scanlm.plotting.figures import SMALL, NoRecords, compared_runs
+    from scanlm.plotting.figures import SMALL
 
-    try:
-        runs = compared_runs(runs[runs["experiment"] == SMALL])
-    except NoRecords:
-        return
-    scan, gpt2 = (runs[runs["model"].str.startswith(name)] for name in ("scanlm", "gpt2"))
+    scan, gpt2 = _scan_and_gpt2(runs, SMALL)
     if scan.empty or gpt2.empty:
         return
     texts = []

@@ -362,6 +362,13 @@ def read_metrics(*paths: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else [*_IDENTITY, "name", "value"])
 
 
+def rows_at(metrics: pd.DataFrame, **axes: Any) -> pd.DataFrame:
+    """Rows of a frame of ``read_metrics`` at these values of its axes; no row has one it lacks."""
+    for axis, value in axes.items():
+        metrics = metrics[metrics.reindex(columns=[axis])[axis] == value]
+    return metrics
+
+
 def export(
     run_folder: str | Path, results: str | Path = "data/results", unfinished: bool = False
 ) -> Path:
@@ -612,6 +619,7 @@ __all__ = [
     "plain",
     "read_metrics",
     "read_runs",
+    "rows_at",
     "run_id",
     "short_columns",
     "shown_status",

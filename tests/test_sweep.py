@@ -7,7 +7,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -393,6 +394,16 @@ def test_no_run_is_begun_when_the_time_is_up(make_runs: Callable[..., list[Sweep
     assert local.time_to_stop(100, 10) == 109
 
 
+@contextmanager
+def hangups(handler: signal.Handlers) -> Iterator[None]:
+    """What a closed terminal does, whatever it does outside."""
+    outside = signal.signal(signal.SIGHUP, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, outside)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_ends_what_runs_in_order(
     make_runs: Callable[..., list[SweepRun]], tmp_path: Path, number: signal.Signals
@@ -406,15 +417,11 @@ def test_an_interrupt_ends_what_runs_in_order(
             signal.raise_signal(number)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    outside = signal.getsignal(signal.SIGHUP)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
-    try:
+    with hangups(signal.SIG_DFL):  # under nohup they are ignored
         handlers = [signal.getsignal(n) for n in numbers]
         with pytest.raises(local.Interrupted, match="1 of 3 runs done, 2 left; the same") as caught:
             local.LocalSweep(runs, "name", 3, say=say).carry_out()
         assert [signal.getsignal(n) for n in numbers] == handlers
-    finally:
-        signal.signal(signal.SIGHUP, outside)
     assert [o.name for o in caught.value.outcomes] == ["finished", "interrupted", "waiting"]
     assert log.read_text().endswith("began\nsaved\n")
 
@@ -422,15 +429,11 @@ def test_an_interrupt_ends_what_runs_in_order(
 def test_what_runs_under_nohup_outlives_the_terminal(
     make_runs: Callable[..., list[SweepRun]],
 ) -> None:
-    outside = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
     def say(_: str) -> None:
         signal.raise_signal(signal.SIGHUP)
 
-    try:
+    with hangups(signal.SIG_IGN):
         done = local.LocalSweep(make_runs("fine", "fine"), "name", 1, say=say).carry_out()
-    finally:
-        signal.signal(signal.SIGHUP, outside)
     assert [o.name for o in done] == ["finished", "finished"]
 
 

@@ -28,7 +28,7 @@ from scanlm.plotting import (
 )
 from scanlm.plotting.architecture import architecture
 from scanlm.plotting.style import family_of, style
-from scanlm.records import of_kind
+from scanlm.records import of_kind, rows_at
 from scanlm.values import natural_key
 from scanlm.variations import change_text, changes
 
@@ -286,9 +286,7 @@ def _speed(draw: Callable[..., Figure], **axes: Any) -> Callable[[Records], Figu
         found = []
         for place in range(len(runs)):
             metrics, caption = records.metrics("training_speed", runs.iloc[place : place + 1])
-            for axis, value in axes.items():  # a run stopped early has no axes
-                metrics = metrics[metrics.reindex(columns=[axis])[axis] == value]
-            found.append((metrics, caption))
+            found.append((rows_at(metrics, **axes), caption))
         for metrics, caption in sorted(found, key=lambda it: -it[0]["model"].nunique()):
             try:
                 return draw(metrics, source=caption)

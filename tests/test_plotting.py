@@ -749,11 +749,13 @@ def test_speed_is_of_the_record_with_most_models(tmp_path: Path) -> None:
     with pytest.raises(figures.NoRecords):
         figures.FIGURES["training_modes_by_length"](records)
     export_speed(tmp_path, 1, ("scanlm", "blelloch"), ("scanlm", "sequential"))
-    for name, expected in (
-        ("training_speed_by_length", {"scanlm": 1000.0, "GPT-2": 1000.0}),
-        ("training_modes_by_length", {"scanlm": 1001.0, "scanlm, sequential": 1001.0}),
+    for name, expected, title in (
+        ("training_speed_by_length", {"scanlm": 1000.0, "GPT-2": 1000.0}, "Training speed by"),
+        ("training_modes_by_length", {"scanlm": 1001.0, "scanlm, sequential": 1001.0}, "One tree"),
     ):
         (ax,) = figures.FIGURES[name](records).axes
+        assert ax.get_title(loc="left").startswith(title)
+        assert not ax.get_title(loc="center")  # where a second one would lie over it
         drawn = {line.get_label(): line.get_ydata() for line in ax.lines if len(line.get_ydata())}
         assert {label: values[0] for label, values in drawn.items()} == expected
 

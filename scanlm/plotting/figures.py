@@ -305,9 +305,8 @@ def _modes_by_length(metrics: pd.DataFrame, source: str) -> Figure:
     """
     if "mode" not in metrics or "sequential" not in set(metrics["mode"]):
         raise ScanLMError("the records have no train_mode sequential")
-    figure = speed.by_length(metrics, source=source)
-    figure.axes[0].set_title("One tree, level by level and node by node (sequential)")
-    return figure
+    title = "One tree, level by level and node by node (sequential)"
+    return speed.by_length(metrics, source=source, title=title)
 
 
 def _small_models() -> tuple[Any, Any, Any]:

@@ -64,7 +64,10 @@ def by_model(metrics: pd.DataFrame, source: str | None = None) -> Figure:
 
 
 def by_length(
-    metrics: pd.DataFrame, name: str = "tokens_per_second", source: str | None = None
+    metrics: pd.DataFrame,
+    name: str = "tokens_per_second",
+    source: str | None = None,
+    title: str | None = None,
 ) -> Figure:
     """A metric over the sequence length, one line a model and way of running it.
 
@@ -72,6 +75,7 @@ def by_length(
         metrics: frame of ``records.read_metrics``.
         name: "tokens_per_second" or "peak_memory_bytes".
         source: caption.
+        title: instead of one that says what the metric is.
 
     Raises:
         ScanLMError: as ``measured``; records of one length only, or without the metric.
@@ -85,7 +89,7 @@ def by_length(
         raise ScanLMError("the records have one sequence length only: nothing to draw over it")
     step = rows["length"] * rows["batch_size"]
     usual = step[several].mode()[0]
-    title = "Memory of a training step" if memory else "Training speed by length"
+    title = title or ("Memory of a training step" if memory else "Training speed by length")
     figure = throughput(rows[several & (step == usual)], "length", "variant", name, source, title)
     axes = figure.axes[0]
     label = f"tokens a sequence, {int(usual):,} tokens a step"

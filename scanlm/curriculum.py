@@ -222,7 +222,7 @@ class _Trainee:
         self.stages = state["stages"]
         self.learner.load(state["learner"])
 
-    def finish(self, save_weights: str) -> None:
+    def finish(self, save_weights: str, say: Callable[[str], None]) -> None:
         """Evaluate at all lengths, save the weights, close the record."""
         model, settings = self.learner.model, self.settings
         self.learner.end()
@@ -242,6 +242,7 @@ class _Trainee:
                     settings.eval_long_sequences,
                     settings.eval_batch_tokens,
                     precision,
+                    progress=lambda line: say(f"{self.record.folder.name}: {line}"),
                 )
                 rows += result.metrics()
                 reaches[PRECISIONS[precision]] = result.reach()
@@ -457,7 +458,7 @@ def _evaluate_trained(
             break
         trainees.remove(t)
         try:
-            t.finish(save_weights)
+            t.finish(save_weights, say)
         except Exception as error:
             t.record.fail("failed", str(error) or type(error).__name__)
             errors.append(error.with_traceback(None))  # which would keep the learner alive

@@ -13,7 +13,8 @@ of independent positions that would have the same variance (the design effect).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,6 +170,7 @@ def evaluate_lengths(
     batch_tokens: int = 2**17,
     precision: str = "fp32",
     seed: int = 0,
+    progress: Callable[[str], None] | None = None,
 ) -> LengthEvaluation:
     """Accuracy at many lengths on new words of the test stream.
 
@@ -180,8 +182,9 @@ def evaluate_lengths(
         long_sequences: words for each greater length.
         batch_tokens: tokens a batch.
         precision: "fp32", or "bf16" for autocast.
-        seed: of the test words; the same for every model, so that models are compared on equal
-            words.
+        seed: of the test words. Models that are given the same seed, lengths and batch_tokens are
+            compared on equal words.
+        progress: receives a line of text after each pass.
 
     Raises:
         ScanLMError: a length below 1 or beyond ``n_positions``, an unknown precision.
@@ -199,7 +202,11 @@ def evaluate_lengths(
     model.eval()
     for shared in filter(None, passes):
         n = sequences if shared[-1] <= SHARED else long_sequences
+        start = time.perf_counter()
         _one_pass(model, group, shared, n, batch_tokens, precision, seed, result)
+        if progress is not None:
+            seconds = time.perf_counter() - start
+            progress(f"{n:,} words of length {shared[-1]:,} in {precision}: {seconds:.0f} s")
     model.train(was_training)
     return result
 

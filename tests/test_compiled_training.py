@@ -116,9 +116,9 @@ def test_lengths_are_evaluated_without_compiling(
     monkeypatch.setattr("scanlm.curriculum_step.compile_model", compile_model)
     graphs = []
 
-    def counted(*arguments: Any) -> LengthEvaluation:
+    def counted(*arguments: Any, **options: Any) -> LengthEvaluation:
         graphs.append(counters["stats"]["unique_graphs"])
-        result = evaluate_lengths(*arguments)
+        result = evaluate_lengths(*arguments, **options)
         graphs.append(counters["stats"]["unique_graphs"])
         return result
 

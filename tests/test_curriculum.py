@@ -551,10 +551,10 @@ def test_an_evaluation_begun_again_has_every_row_once(
     settings = preset_settings("smoke", [*TINY, *probed])
     whole = train(settings, root=tmp_path / "whole", device="cpu")
 
-    def interrupted(*args: Any) -> Any:
+    def interrupted(*args: Any, **options: Any) -> Any:
         if moment == "written down" or "bf16" in args:
             raise KeyboardInterrupt
-        return evaluate_lengths(*args)
+        return evaluate_lengths(*args, **options)
 
     place = (Run, "finish") if moment == "written down" else (curriculum, "evaluate_lengths")
     with monkeypatch.context() as patched:
@@ -651,7 +651,9 @@ def test_wilson_interval_by_hand() -> None:
 
 
 def test_accuracies_at_all_lengths_from_one_pass() -> None:
-    result = evaluate_lengths(Oracle("S5", wrong=(5,)), "S5", [4, 6, 12], 100, batch_tokens=240)
+    model, said = Oracle("S5", wrong=(5,)), list[str]()
+    result = evaluate_lengths(model, "S5", [4, 6, 12], 100, batch_tokens=240, progress=said.append)
+    assert [line.rsplit(":")[0] for line in said] == ["100 words of length 12 in fp32"]
     assert result.accuracy[4].value == result.accuracy_sequence[4].value == 1
     assert result.accuracy_last[6].value == result.accuracy_sequence[6].value == 0.5
     assert result.accuracy[6].value == pytest.approx(1 - 0.5 / 6)

@@ -11,10 +11,21 @@ from scanlm.errors import ScanLMError
 # fields that say nothing of what is computed, or that a run has as one setting (its dropout)
 UNTOLD = ("vocab_size", "train_mode", "use_cache", "dropout")
 
+# what readers call a field, where that says more than its name
+WORDS = {
+    "half_residual": "half-precision residual stream",
+    "leaf_norm": "norm on the leaves",
+    "prefix_embedding": "prefix embedding",
+    "t1_causal": "causal T1",
+    "t1_layers": "T1 layers",
+    "tie_word_embeddings": "tied embeddings",
+}
+
 
 def change_text(name: str, value: Any) -> str:
-    """One changed field: ``leaf_norm`` or ``no leaf_norm`` of a switch, else field and value."""
+    """One changed field: ``causal T1`` or ``no causal T1`` of a switch, else field and value."""
     field = name.rpartition(".")[2]
+    field = WORDS.get(field, field)
     if isinstance(value, bool):
         return field if value else f"no {field}"
     return f"{field} {value}"

@@ -60,7 +60,11 @@ def test_models_of_one_family_share_the_color_and_differ_in_line_style() -> None
     assert looks["scanlm_tiny"].linestyle != looks["scanlm_base"].linestyle
     many = style.model_styles([f"scanlm_{n}" for n in range(6)]).values()
     assert len({look.linestyle for look in many}) == len({look.marker for look in many}) == 6
-    assert looks["gpt2"].label == "GPT-2"
+    assert [looks[m].label for m in ("gpt2", "scanlm_tiny", "mine")] == [
+        "GPT-2",
+        "ScanLM tiny",  # its name in the registry
+        "mine",
+    ]
     assert len({looks[m].color for m in looks}) == 4
 
 
@@ -271,10 +275,10 @@ def metrics() -> pd.DataFrame:
 def test_loss_curve_is_the_mean_over_seeds_in_a_band(metrics: pd.DataFrame) -> None:
     (ax,) = training.loss_curves(metrics).axes
     lines = {line.get_label(): line for line in ax.lines}
-    assert list(lines) == ["scanlm", "GPT-2"]
-    assert list(lines["scanlm"].get_xdata()) == [100, 200, 300]
-    assert list(lines["scanlm"].get_ydata()) == [4.25, 3.25, 2.25]
-    assert lines["scanlm"].get_color() == style.FAMILIES["scanlm"].color
+    assert list(lines) == ["scan model", "GPT-2"]
+    assert list(lines["scan model"].get_xdata()) == [100, 200, 300]
+    assert list(lines["scan model"].get_ydata()) == [4.25, 3.25, 2.25]
+    assert lines["scan model"].get_color() == style.FAMILIES["scanlm"].color
     band = ax.collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == 2.0
     assert band[:, 1].max() == 4.5
@@ -300,7 +304,7 @@ def test_references_are_dashed_lines_with_their_names(metrics: pd.DataFrame) -> 
     assert texts(ax) == ["unigram entropy"]
     flat = [line for line in ax.lines if set(line.get_ydata()) == {3.2}]
     assert len(flat) == 1
-    assert [line.get_text() for line in ax.get_legend().get_texts()] == ["scanlm", "GPT-2"]
+    assert [line.get_text() for line in ax.get_legend().get_texts()] == ["scan model", "GPT-2"]
 
 
 def test_seconds_are_averaged_by_step(metrics: pd.DataFrame) -> None:
@@ -333,7 +337,7 @@ def test_unknown_names_are_refused(
 def test_loss_by_position_draws_the_last_step_and_the_borders(metrics: pd.DataFrame) -> None:
     (ax,) = training.loss_by_position(metrics, chunk_size=2).axes
     curves = [line for line in ax.lines if len(line.get_xdata()) == 6]
-    assert [line.get_label() for line in curves] == ["scanlm", "GPT-2"]
+    assert [line.get_label() for line in curves] == ["scan model", "GPT-2"]
     assert list(curves[0].get_ydata()) == [1.5, 2.5, 3.5, 4.5, 5.5, 6.5]
     borders = [line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 2]
     assert borders == [1.5, 3.5]
@@ -342,7 +346,7 @@ def test_loss_by_position_draws_the_last_step_and_the_borders(metrics: pd.DataFr
 def test_smoothing_does_not_cross_chunk_borders(metrics: pd.DataFrame) -> None:
     one = metrics[(metrics["model"] == "scanlm") & (metrics["seed"] == 0)]
     (ax,) = training.loss_by_position(one, chunk_size=3, window=3).axes
-    smooth = next(line for line in ax.lines if line.get_label() == "scanlm")
+    smooth = next(line for line in ax.lines if line.get_label() == "scan model")
     assert list(smooth.get_ydata()) == [1.5, 2.0, 2.5, 4.5, 5.0, 5.5]
 
 
@@ -385,11 +389,11 @@ def test_chunk_sizes_show_final_values_and_median_speed(metrics: pd.DataFrame) -
         for c in (32, 64)
     )
     quality, speed = training.chunk_size_comparison(sizes).axes
-    line = next(line for line in quality.lines if line.get_label() == "scanlm")
+    line = next(line for line in quality.lines if line.get_label() == "scan model")
     assert list(line.get_xdata()) == [32, 64]
     assert list(line.get_ydata()) == [32 * 2.25, 64 * 2.25]
     assert [t.get_text() for t in quality.get_xticklabels()] == ["32", "64"]
-    rate = next(line for line in speed.lines if line.get_label() == "scanlm")
+    rate = next(line for line in speed.lines if line.get_label() == "scan model")
     assert list(rate.get_ydata()) == [32000.0, 64000.0]
     (curves,) = training.loss_curves(sizes, by="chunk_size").axes
     assert [line.get_label() for line in curves.lines] == ["chunk 32", "chunk 64"]
@@ -400,7 +404,7 @@ def test_throughput_bars_are_medians_with_their_numbers(metrics: pd.DataFrame) -
     widths = [patch.get_width() for patch in ax.patches]
     assert widths == [1000.0, 2000.0]
     assert texts(ax) == ["1,000", "2,000"]
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["scanlm", "GPT-2"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["scan model", "GPT-2"]
     figure = ax.figure
     assert isinstance(figure, Figure)
     assert figure.get_supxlabel() == "from a test"
@@ -453,7 +457,7 @@ def test_prompts_are_drawn_once_for_a_model_that_has_several_ways_to_decode() ->
         for p in (1.0, 2.0)
     ]
     (ax,) = inference.prefill(pd.DataFrame(rows)).axes
-    assert [line.get_label() for line in ax.lines] == ["scanlm", "GPT-2, static KV buffer"]
+    assert [line.get_label() for line in ax.lines] == ["scan model", "GPT-2, static KV buffer"]
 
 
 def inference_rows(name: str, values: dict[str, list[float]], **fields: object) -> pd.DataFrame:
@@ -488,7 +492,7 @@ def test_of_several_gpt2_that_hardly_differ_the_best_is_drawn(
     (ax,) = draw(inference_rows(name, values, part="positions")).axes
     lines = {line.get_label(): [*line.get_ydata()] for line in ax.lines}
     assert lines == {
-        "scanlm": [1.0, 1.0],
+        "scan model": [1.0, 1.0],
         inference.LABELS["gpt2_best"]: [3.0, 4.0],
         inference.LABELS["gpt2_math"]: [0.5, 0.5],
     }
@@ -575,7 +579,7 @@ def test_cost_curves_share_their_values_and_differ_in_the_axis(metrics: pd.DataF
 
 def test_final_values_have_a_point_a_seed_and_the_best_on_top(metrics: pd.DataFrame) -> None:
     (ax,) = comparison.final_values(metrics).axes
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["GPT-2", "scanlm"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["GPT-2", "scan model"]
     points = [line for line in ax.lines if line.get_marker() == "o"]
     assert sorted(points[1].get_xdata()) == [2.0, 2.5]
     assert texts(ax) == ["3.250", "2.250"]
@@ -596,7 +600,7 @@ def test_position_differences_cancel_the_text(metrics: pd.DataFrame) -> None:
     slope = humps["position"].fillna(0) * (humps["model"] == "scanlm")
     humps = humps.assign(value=humps["value"] - 0.1 * slope)
     (ax,) = comparison.position_differences(humps, "gpt2", chunk_size=3).axes
-    line = next(line for line in ax.lines if line.get_label() == "scanlm")
+    line = next(line for line in ax.lines if line.get_label() == "scan model")
     assert list(line.get_ydata()) == pytest.approx([0, -0.1, -0.2, -0.3, -0.4, -0.5])
     assert [x.get_xdata()[0] for x in ax.lines if x.get_xdata()[0] == 2.5] == [2.5]
     with pytest.raises(ScanLMError, match="Did you mean 'gpt2'"):
@@ -724,7 +728,7 @@ def test_resized_models_are_called_by_their_families(tmp_path: Path) -> None:
             )
     (tmp_path / "enwiki2019").rename(tmp_path / figures.SMALL)
     (ax,) = figures.FIGURES["comparison_small_final"](figures.Records(tmp_path)).axes
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["GLA", "scanlm"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["GLA", "scan model"]
     assert texts(ax) == ["3.500", "2.500"]
     note = " ".join(ax.figure.get_supxlabel().split())
     assert note.endswith("; and 3 more runs; models of 25.0 to 27.0 million parameters")
@@ -750,8 +754,12 @@ def test_speed_is_of_the_record_with_most_models(tmp_path: Path) -> None:
         figures.FIGURES["training_modes_by_length"](records)
     export_speed(tmp_path, 1, ("scanlm", "blelloch"), ("scanlm", "sequential"))
     for name, expected, title in (
-        ("training_speed_by_length", {"scanlm": 1000.0, "GPT-2": 1000.0}, "Training speed by"),
-        ("training_modes_by_length", {"scanlm": 1001.0, "scanlm, sequential": 1001.0}, "One tree"),
+        ("training_speed_by_length", {"scan model": 1000.0, "GPT-2": 1000.0}, "Training speed by"),
+        (
+            "training_modes_by_length",
+            {"scan model": 1001.0, "scan model, sequential": 1001.0},
+            "One tree",
+        ),
     ):
         (ax,) = figures.FIGURES[name](records).axes
         assert ax.get_title(loc="left").startswith(title)
@@ -816,7 +824,7 @@ def test_texts_show_the_compared_models_in_a_panel_each(tmp_path: Path) -> None:
     assert easy.get_title(loc="left") == "wikitext103#detokenized\ntest"
     assert texts(easy) == ["1.500", "1.000"]  # from below
     assert texts(hard) == ["2.000"]  # GPT-2 was not scored there
-    assert [label.get_text() for label in easy.get_yticklabels()] == ["GPT-2", "scanlm"]
+    assert [label.get_text() for label in easy.get_yticklabels()] == ["GPT-2", "scan model"]
     assert "and 2 more runs" in easy.figure.get_supxlabel()
 
 
@@ -836,9 +844,9 @@ def test_ablations_on_text_are_named_by_what_they_change(tmp_path: Path) -> None
     (tmp_path / "enwiki2019").rename(tmp_path / "enwiki2019_ablations")
     (ax,) = figures.FIGURES["text_ablations"](figures.Records(tmp_path)).axes
     assert [label.get_text() for label in ax.get_yticklabels()] == [
-        "no leaf_norm; tie_word_embeddings",
-        "t1_layers 2",
-        "scanlm_base_c64",
+        "no norm on the leaves; tied embeddings",
+        "T1 layers 2",
+        "ScanLM base, chunks of 64",
     ]
     assert texts(ax) == ["5.000", "4.000", "2.500"]
 

@@ -364,7 +364,7 @@ def test_records_are_told_apart_as_recipe_baselines_and_ablations() -> None:
     assert found == {
         ("recipe", "scan model", 512),
         ("ablation", "no dropout", 9999),
-        ("ablation", "t1_causal", 7),
+        ("ablation", "causal T1", 7),
         ("ablation", "state noise 0.5, late", 8),
         ("baseline", "GPT-2", 8),  # the better one
         ("search", "GPT-2", 4),
@@ -391,8 +391,8 @@ def test_a_limit_on_steps_is_told_only_if_nothing_else_is_to_tell() -> None:
         ({"stages": stages(10, 50, batch_size=32)}, "batch size 32"),
         ({"stages": [stages(10, 50)[0], {**stages(10, 50)[1], "lr": 3e-4}]}, "lr 0.0003 at 16"),
         ({"betas": [0.9, 0.95], "clip": 2.0}, "betas [0.9, 0.95]; clip 2.0"),
-        ({"config": {"prefix_embedding": True}}, "prefix_embedding"),
-        ({"config": {"t1_layers": 2}, "weight_decay": 0.1}, "weight_decay 0.1; t1_layers 2"),
+        ({"config": {"prefix_embedding": True}}, "prefix embedding"),
+        ({"config": {"t1_layers": 2}, "weight_decay": 0.1}, "weight_decay 0.1; T1 layers 2"),
         ({"compile": True, "eval_sequences": 3}, ""),
         ({"betas": [0.9, 0.999], "ema": 0.0}, ""),  # the defaults, said
     ],

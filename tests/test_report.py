@@ -145,7 +145,7 @@ def test_tables_hold_what_the_records_say(tmp_path: Path) -> None:
     record(tmp_path, "evaluation", 2.5)
     training = section(tmp_path, "Training runs")
     assert cells(training)[:11] == [
-        "scanlm_tiny", "16", "t1_causal", "2.5 M", "`wikitext-2`", "600", "1.2 M", "", "3", "2.015",
+        "scanlm_tiny", "16", "causal T1", "2.5 M", "`wikitext-2`", "600", "1.2 M", "", "3", "2.015",
         "6.250",
     ]  # fmt: skip
     assert "[record](wikitext2/scanlm_tiny-s3-" in training

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LABELS = {
-    "scanlm": "scanlm",
-    "scanlm_plain": "scanlm, forward token by token",
+    "scanlm": "scan model",
+    "scanlm_plain": "scan model, forward token by token",
     "scanlm_original": "original's loop (another function)",
     "gpt2_best": "GPT-2, the least of several ways",
     "gpt2_graph": "GPT-2, static KV buffer",

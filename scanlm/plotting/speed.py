@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from scanlm.errors import ScanLMError
-from scanlm.plotting.style import FAINT, MUTED, caption, model_styles, new_figure, style
+from scanlm.plotting.style import (
+    FAINT,
+    MUTED,
+    caption,
+    display_name,
+    model_styles,
+    new_figure,
+    style,
+)
 from scanlm.plotting.training import throughput
 
 if TYPE_CHECKING:
@@ -95,7 +103,7 @@ def by_length(
     label = f"tokens a sequence, {int(usual):,} tokens a step"
     larger = rows[several & (step != usual) & (rows["name"] == name)]
     for line in list(axes.lines):  # a sequence longer than the usual step is a step of its own
-        part = larger[larger["variant"] == line.get_label()]
+        part = larger[larger["variant"].map(display_name) == line.get_label()]
         look: Any = {"marker": line.get_marker(), "color": line.get_color(), "mfc": "none"}
         axes.plot(part["length"], part["value"], ls="", **look)
     if len(larger):
@@ -155,7 +163,7 @@ def by_kernel(metrics: pd.DataFrame, source: str | None = None) -> Figure:
         ax.bar_label(bars, fmt="{:.1f}", padding=6, fontsize=9, color=MUTED)
         ax.set_xlabel("milliseconds a step")
         batch = f"{row['batch_size']:.0f} x {row['length']:,.0f}"
-        ax.set_title(f"{row['variant']}: a step of {batch}, {step:,.1f} ms")
+        ax.set_title(f"{display_name(row['variant'])}: a step of {batch}, {step:,.1f} ms")
         ax.grid(True, axis="x")
         ax.grid(False, axis="y")
         ax.tick_params(axis="y", length=0)

@@ -57,9 +57,7 @@ TITLES = {
 
 def run_label(model: str, parameters: Mapping[str, Any]) -> str:
     """What a run is called in figures: its family, and what makes it differ within it."""
-    if model == "scan":
-        return "scan model"
-    family = family_of(model)
+    family = "scanlm" if model == "scan" else family_of(model)
     label = FAMILIES[family].label if family else model
     if family == "gated_deltanet":
         negative = (parameters.get("config") or {}).get("allow_neg_eigval")
@@ -83,7 +81,7 @@ def label_series(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 
 def _looks(series: Sequence[str]) -> dict[str, FamilyStyle]:
     """A style per label; the scan model's first, families by their colour, others in order."""
-    by_label = {"scan model": FAMILIES["scanlm"]} | {f.label: f for f in FAMILIES.values()}
+    by_label = {f.label: f for f in FAMILIES.values()}
     unknown = [s for s in series if s.split(", ")[0] not in by_label and s not in by_label]
     # settings of one model (chunk sizes, ablations) are not families
     colors = sequence_colors(len(unknown)) if len(unknown) > len(EXTRA_COLORS) else EXTRA_COLORS

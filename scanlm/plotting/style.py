@@ -7,10 +7,13 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+
+from scanlm.baselines import list_entries
 
 INK = "#22262B"
 MUTED = "#6B7280"
@@ -33,7 +36,7 @@ class FamilyStyle:
 
 # Okabe and Ito's colour-blind-safe palette; relatives share a hue and differ in line style
 FAMILIES: dict[str, FamilyStyle] = {
-    "scanlm": FamilyStyle("scanlm", "#D55E00", "o"),
+    "scanlm": FamilyStyle("scan model", "#D55E00", "o"),
     "gpt2": FamilyStyle("GPT-2", "#3F444C", "s"),
     "window_gpt2": FamilyStyle("GPT-2, window", "#9AA1AB", "s", "--"),
     "gla": FamilyStyle("GLA", "#009E73", "^"),
@@ -103,8 +106,24 @@ def style() -> Iterator[None]:
 
 def family_of(model: str) -> str | None:
     """Family of a model id: the longest family name it starts with (``window_gpt2_tiny``)."""
+    model = model.partition(", ")[0]  # without what is special about a run of it
     matches = [f for f in FAMILIES if model == f or model.startswith((f + "_", f + "-"))]
     return max(matches, key=len, default=None)
+
+
+def display_name(model: str) -> str:
+    """What readers call a model: its family's label or its name in the registry, else its id.
+
+    What stands behind a comma ("scanlm_tiny, compiled") is left as it is.
+    """
+    model, comma, rest = model.partition(", ")
+    name = FAMILIES[model].label if model in FAMILIES else _registry_names().get(model)
+    return (name or model) + comma + rest
+
+
+@cache
+def _registry_names() -> dict[str, str]:
+    return {entry.id: entry.name for entry in list_entries()}
 
 
 def model_styles(models: list[str]) -> dict[str, FamilyStyle]:
@@ -113,7 +132,8 @@ def model_styles(models: list[str]) -> dict[str, FamilyStyle]:
     Chunk sizes of one model (``_c64``) are shades of the colour, the larger the darker. Ids of no
     known family get the extra colours in order of appearance.
     """
-    sizes = {m: int(m.rpartition("_c")[2]) for m in models if re.search(r"_c\d+$", m)}
+    found = {model: re.search(r"_c(\d+)(, |$)", model) for model in models}
+    sizes = {model: int(size[1]) for model, size in found.items() if size}
     shades = _shades(sorted(set(sizes.values())))
     seen: dict[str, int] = {}
     styles = {}
@@ -128,7 +148,7 @@ def model_styles(models: list[str]) -> dict[str, FamilyStyle]:
         count = seen[family] = seen.get(family, -1) + 1
         line = DASHES[(DASHES.index(base.linestyle) + count) % len(DASHES)]
         marker = base.marker if count == 0 else MARKERS[(count - 1) % len(MARKERS)]
-        label = base.label if model == family else model
+        label = display_name(model)
         color = base.color
         if model in sizes and shades:  # which tell it apart
             color, line = shades[sizes[model]], "-"

@@ -74,10 +74,18 @@ class Commands(TyperGroup):
                 typer.echo(error.format_message(), err=True)
             else:
                 where = error.ctx.command_path if error.ctx else "scanlm"
+                _name_value(error)
                 line = f"{error.format_message().rstrip('.')}; see {where} --help"
                 typer.echo(f"{where}: {' '.join(line.split())}", err=True)
             code = WRONG_USAGE
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _name_value(error: Any) -> None:
+    """Put the wrong value into the parser's complaint, where pydantic's message leaves it out."""
+    cause: Any = error.__cause__
+    if isinstance(error, typer.BadParameter) and hasattr(cause, "errors"):
+        error.message = f"{cause.errors()[0]['input']!r}: {error.message}"
 
 
 class SeveralSteps(TyperCommand):

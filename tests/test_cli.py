@@ -465,6 +465,12 @@ def test_an_unwritable_folder_is_one_line(corpus: Path, tmp_path: Path) -> None:
         (KeyboardInterrupt(), 130, "interrupted: the same command goes on from the last"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "out of GPU memory: lower the batch"),
         (MemoryError(), 1, "out of memory: lower the batch size"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
+            1,
+            "out of memory: lower the batch size (or raise gradient_accumulation) or the sequence "
+            "length; what was saved is kept",
+        ),
         (FileNotFoundError(2, "No such file or directory", "a/b"), 1, "scanlm: a/b: No such file"),
         (OSError(28, "No space left on device"), 1, "scanlm: No space left on device"),
     ],

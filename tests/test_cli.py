@@ -1,7 +1,9 @@
 """Every command: what it passes on, what it prints, and mistakes in one line without traceback."""
 
+import dataclasses
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -17,6 +19,9 @@ from typer.testing import CliRunner, Result
 
 import scanlm
 from scanlm import baselines
+from scanlm.benchmark.inference import InferenceSettings
+from scanlm.benchmark.state_tracking import StateSpeedSettings
+from scanlm.benchmark.training import TrainingSpeedSettings
 from scanlm.cli import app
 
 HEAVY = ["torch", "transformers", "matplotlib", "datasets", "papermill", "pandas", "fla"]
@@ -119,6 +124,27 @@ def test_every_command_shows_an_example(path: tuple[str, ...]) -> None:
     text, words = fine(*path, "--help"), " ".join(["scanlm", *path])
     assert f"Usage: {words} " in text
     assert f"{words} " in text.partition("Example:")[2].replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("training", TrainingSpeedSettings),
+        ("inference", InferenceSettings),
+        ("state-tracking", StateSpeedSettings),
+    ],
+)
+def test_defaults_in_the_help_of_a_benchmark_are_the_librarys(name: str, settings: Any) -> None:
+    group: Any = typer.main.get_command(app)
+    options = group.commands["benchmark"].commands[name].params
+    usual = {field.name: field.default for field in dataclasses.fields(settings)}
+    shown = {o.name: str(o.default) for o in options if o.default is not None and o.name in usual}
+    assert {"steps", "seconds", "root"} <= set(shown)
+    for option, default in shown.items():
+        value = usual[option]
+        assert default == (",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    for option in options:  # a number is a default or, after e.g., an example
+        assert not re.search(r": \d|; default", option.help.replace("Default: ", ""))
 
 
 def test_the_version_is_the_packages() -> None:

@@ -589,6 +589,7 @@ def test_evaluate_of_one_model_twice_draws_two_curves(trained: dict[str, Any]) -
         (["--chunk-size", "4"], "chunk_size=4 is for original_positions only"),
         (["--seq-len", "128"], "use seq_len=64 or less, or one trained with position_embedding="),
         (["--figure", "curves.doc"], "must end in .png, .pdf, .svg"),
+        (["--figure", "/dev/null/a.png"], "cannot write figure '/dev/null/a.png': Not a dir"),
         (["--tokenizer", "bpe:300"], "another tokenizer"),
     ],
 )

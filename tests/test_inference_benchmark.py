@@ -317,6 +317,7 @@ def test_a_model_that_does_not_fit_does_not_stop_the_sweep(
         ({"models": ("gla", "scanlm", "gla")}, "models: 'gla' is given twice: leave one out"),
         ({"batch_sizes": (1, 1)}, "batch_sizes: 1 is given twice"),
         ({"picture": "speed.doc"}, "figure 'speed.doc' must end in .png, .pdf, .svg"),
+        ({"picture": "/dev/null/a.png"}, "cannot write figure '/dev/null/a.png': Not a dir"),
         ({"picture": "a.png", "max_new_tokens": 0, "positions": (9,)}, "give max_new_tokens"),
     ],
     ids=str,

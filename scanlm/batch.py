@@ -234,7 +234,9 @@ def _kernel_manager() -> Any:
             return KernelSpec(
                 argv=[
                     *(sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"),
-                    "--log-level=ERROR",  # else it warns of its own connection, to stderr
+                    # else it warns of its own connection, and of an end in the middle of a cell, to
+                    # stderr
+                    "--log-level=CRITICAL",
                 ],
                 display_name="Python 3",
                 language="python",

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
@@ -128,11 +129,25 @@ def check_duration(name: str, seconds: float | None) -> None:
 def check_picture(path: str | Path) -> None:
     """Refuse a file that no picture can be saved as, before anything is measured for it.
 
+    Nothing is left behind by looking: folders that are missing are made when the picture is saved.
+
     Raises:
-        ScanLMError: another ending than a picture's.
+        ScanLMError: another ending than a picture's, a folder, or a place that is not writable.
     """
-    if Path(path).suffix not in PICTURES:
+    path = Path(path)
+    if path.suffix not in PICTURES:
         raise ScanLMError(f"figure {str(path)!r} must end in {', '.join(PICTURES)}")
+    try:
+        if path.exists():
+            path.open("ab").close()
+        else:
+            # root has every permission, even where the system lets no file be made: so one is made
+            TemporaryFile(dir=next(p for p in path.absolute().parents if p.exists())).close()
+    except OSError as error:
+        raise ScanLMError(
+            f"cannot write figure {str(path)!r}: {error.strerror}; choose another file or make "
+            "its folder writable"
+        ) from error
 
 
 def mapping_or_empty(value: Any) -> Mapping[str, Any]:

@@ -1,5 +1,9 @@
 """Notebook runs: parameters refused before anything runs, a failure keeps what there was."""
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,10 @@ if name == "mistake":
     raise ScanLMError("steps=0: expected more")
 if name == "bug":
     1 / 0
+if name == "endless":
+    Path("began").touch()
+    while True:
+        pass
 Path("result.txt").write_text(f"{steps} {lr} {name} {sizes}")
 """
 
@@ -146,6 +154,22 @@ def test_a_failing_cell_leaves_the_partial_notebook(
     assert not output.exists()
     cell = nbformat.read(partial, 4).cells[-1]
     assert [item.output_type for item in cell.outputs] == ["error"]
+
+
+def test_an_interrupt_is_one_line(notebook: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scanlm", "run", "07", "-p", "name=endless"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that started the tests in the background has told them to ignore interrupts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while not (notebook.parent / "began").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "scanlm: interrupted\n")
+    assert process.returncode == 130
 
 
 def test_outputs_that_cannot_be_are_refused(notebook: Path) -> None:

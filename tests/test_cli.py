@@ -1,7 +1,9 @@
 """Every command: what it passes on, what it prints, and mistakes in one line without traceback."""
 
+import dataclasses
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -17,6 +19,9 @@ from typer.testing import CliRunner, Result
 
 import scanlm
 from scanlm import baselines
+from scanlm.benchmark.inference import InferenceSettings
+from scanlm.benchmark.state_tracking import StateSpeedSettings
+from scanlm.benchmark.training import TrainingSpeedSettings
 from scanlm.cli import app
 
 HEAVY = ["torch", "transformers", "matplotlib", "datasets", "papermill", "pandas", "fla"]
@@ -121,6 +126,27 @@ def test_every_command_shows_an_example(path: tuple[str, ...]) -> None:
     assert f"{words} " in text.partition("Example:")[2].replace("\n", " ")
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("training", TrainingSpeedSettings),
+        ("inference", InferenceSettings),
+        ("state-tracking", StateSpeedSettings),
+    ],
+)
+def test_defaults_in_the_help_of_a_benchmark_are_the_librarys(name: str, settings: Any) -> None:
+    group: Any = typer.main.get_command(app)
+    options = group.commands["benchmark"].commands[name].params
+    usual = {field.name: field.default for field in dataclasses.fields(settings)}
+    shown = {o.name: str(o.default) for o in options if o.default is not None and o.name in usual}
+    assert {"steps", "seconds", "root"} <= set(shown)
+    for option, default in shown.items():
+        value = usual[option]
+        assert default == (",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    for option in options:  # a number is a default or, after e.g., an example
+        assert not re.search(r": \d|; default", option.help.replace("Default: ", ""))
+
+
 def test_the_version_is_the_packages() -> None:
     assert fine("--version").strip() == scanlm.__version__
 
@@ -143,8 +169,9 @@ def test_the_module_is_the_command() -> None:
         (["trian"], "Did you mean 'train'?; see scanlm --help"),
         (["train"], "scanlm train: Missing argument"),
         (["train", "x", "--lrr", "1"], "--lrr"),
-        (["train", "x", "--lr", "fast"], "Invalid value for '--lr'"),
-        (["train", "x", "--steps", "1.5"], "Invalid value for '--steps'"),
+        (["train", "x", "--lr", "fast"], "Invalid value for '--lr': 'fast'"),
+        (["train", "x", "--steps", "1.5"], "Invalid value for '--steps': '1.5'"),
+        (["sweep", "x.yaml", "--jobs", "0"], "Invalid value for '--jobs': '0': "),
         (["--nonsense"], "; see scanlm --help"),
         (["evaluate"], "scanlm evaluate: Missing argument"),
         (["run", "01", "-p"], "-p"),
@@ -464,6 +491,12 @@ def test_an_unwritable_folder_is_one_line(corpus: Path, tmp_path: Path) -> None:
         (KeyboardInterrupt(), 130, "interrupted: the same command goes on from the last"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "out of GPU memory: lower the batch"),
         (MemoryError(), 1, "out of memory: lower the batch size"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
+            1,
+            "out of memory: lower the batch size (or raise gradient_accumulation) or the sequence "
+            "length; what was saved is kept",
+        ),
         (FileNotFoundError(2, "No such file or directory", "a/b"), 1, "scanlm: a/b: No such file"),
         (OSError(28, "No space left on device"), 1, "scanlm: No space left on device"),
     ],
@@ -556,6 +589,7 @@ def test_evaluate_of_one_model_twice_draws_two_curves(trained: dict[str, Any]) -
         (["--chunk-size", "4"], "chunk_size=4 is for original_positions only"),
         (["--seq-len", "128"], "use seq_len=64 or less, or one trained with position_embedding="),
         (["--figure", "curves.doc"], "must end in .png, .pdf, .svg"),
+        (["--figure", "/dev/null/a.png"], "cannot write figure '/dev/null/a.png': Not a dir"),
         (["--tokenizer", "bpe:300"], "another tokenizer"),
     ],
 )

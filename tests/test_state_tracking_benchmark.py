@@ -85,7 +85,13 @@ def test_an_interrupted_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
         ({"ways": ("captured",)}, "way 'captured' needs a GPU"),
         ({"runs": (0,)}, "runs: 0 is not possible"),
         ({"steps": 0}, "steps: 0 is not possible"),
-        ({"lengths": (5,)}, "length 5: preset 'smoke' has no such stage; choose some of 2, 3, 4"),
+        (
+            {"lengths": (5,)},
+            "length 5: preset 'smoke' has no such stage; choose some of 2, 3, 4 (--lengths)",
+        ),
+        ({"lengths": (2, 2)}, "lengths: 2 is given twice"),
+        ({"runs": (1, 2, 1)}, "runs: 1 is given twice"),
+        ({"ways": ()}, "no ways given: name some of eager, captured, compiled"),
         ({"preset": "smok"}, "unknown preset 'smok'"),
     ],
     ids=str,
@@ -95,6 +101,25 @@ def test_mistakes_are_one_line(tmp_path: Path, changes: dict[str, Any], message:
         tiny(tmp_path, **changes)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "lengths"),
+    [("paper", (3, 16)), ("original", (4, 16)), ("laptop", (3, 8)), ("smoke", (3, 4))],
+)
+def test_lengths_are_the_presets(preset: str, lengths: tuple[int, ...]) -> None:
+    assert StateSpeedSettings(preset=preset).chosen_lengths() == lengths
+
+
+def test_lengths_that_are_named_or_not_are_one_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_tracking, "_seconds", lambda learners, steps, device: 2.0)
+    settings = tiny(tmp_path, lengths=None, runs=(1,))
+    run = benchmark_state_tracking(settings, lambda line: None)
+    assert run.summary["steps_per_second"].keys() == {"eager, length 3", "eager, length 4"}
+    named = tiny(tmp_path, lengths=(3, 4), runs=(1,))
+    assert benchmark_state_tracking(named, lambda line: None).folder == run.folder
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -90,12 +90,28 @@ def test_chunk_sizes_take_the_registry_id_of_their_size(tmp_path: Path) -> None:
         ({"seq_lens": (0,)}, "seq_lens: 0"),
         ({"models": ()}, "no models"),
         ({"num_workers": -1}, "num_workers=-1: expected"),
+        ({"batch_tokens": 0}, "batch_tokens: 0 is not possible"),
+        ({"seed": -1}, "seed=-1: expected"),
+        ({"dtype": "float16"}, "dtype='float16' needs a GPU: use float32 or bfloat16"),
+        ({"models": ("gpt2_tiny", "gpt2_tiny")}, "models: 'gpt2_tiny' is given twice"),
+        ({"seq_lens": (32, 64, 32)}, "seq_lens: 32 is given twice"),
+        ({"parts": ()}, "no parts given: name some of step, trainer"),
+        ({"parts": ("chunks",), "chunk_sizes": None}, "in part 'chunks': give chunk_sizes"),
+        ({"parts": ("chunks",), "models": ("gpt2_tiny",)}, "in part 'chunks': .* a scan model"),
+        ({"parts": ("lengths",), "seq_lens": (32,)}, "in part 'lengths': give two or more seq_l"),
+        ({"parts": ("compiled",)}, "nothing to measure in part 'compiled': ask for compile"),
+        ({"parts": ("modes",), "modes": ("default",)}, "in part 'modes': choose other modes"),
     ],
 )
 def test_mistakes(tmp_path: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ScanLMError, match=message) as error:
         benchmark_training(tiny(tmp_path, **values))
     assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_modes_are_those_of_the_usual_models_where_none_are_named() -> None:
+    assert TrainingSpeedSettings(modes=("sequential", "flash")).modes
 
 
 # What is timed
@@ -148,7 +164,8 @@ def test_everything_is_recorded_and_exported(tmp_path: Path) -> None:
     planned = {item.label for item in plan(tiny(tmp_path))}
     measured = metrics[metrics["name"] == "measured"]
     assert set(measured["label"]) == planned
-    assert len(lines) == len(planned)
+    assert lines[0].startswith("nothing to measure in part 'compiled'")
+    assert len(lines) == 1 + len(planned)
     speeds = metrics[metrics["name"] == "tokens_per_second"]
     assert (speeds["value"] > 0).all()
     axes = ["part", "model", "mode", "compiled", "length", "batch_size", "dtype", "n"]
@@ -278,8 +295,10 @@ def test_the_command(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "step: scanlm_tiny, blelloch, not compiled, chunk 8, 1 x 32" in result.output
     assert list(tmp_path.glob("training_speed/*/summary.json"))
-    result = CliRunner().invoke(app, ["benchmark", "training", "--seq-lens", "1k"])
-    assert result.exit_code == 1
+    for option, value in (("--seq-lens", "1k"), ("--parts", "")):
+        result = CliRunner().invoke(app, ["benchmark", "training", option, value])
+        assert result.exit_code == 1
+        assert result.stderr.startswith("scanlm: ")
 
 
 # What is drawn

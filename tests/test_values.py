@@ -9,6 +9,7 @@ import pytest
 from scanlm.errors import ScanLMError
 from scanlm.values import (
     check_duration,
+    check_picture,
     format_value,
     parse_assignments,
     parse_value,
@@ -78,6 +79,26 @@ def test_assignments_keep_everything_behind_the_first_equals_sign() -> None:
 def test_wrong_assignments_are_refused(given: list[str], message: str) -> None:
     with pytest.raises(ScanLMError, match=message):
         parse_assignments(given)
+
+
+def test_pictures_that_cannot_be_saved_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    for name, message in (
+        ("folder.png", "Is a directory"),
+        ("file/a.png", "Not a directory"),
+    ):
+        with pytest.raises(ScanLMError, match=f"cannot write figure .*{name}': {message}; choose"):
+            check_picture(tmp_path / name)
+
+
+def test_looking_for_a_pictures_place_changes_nothing(tmp_path: Path) -> None:
+    there = tmp_path / "there.png"
+    there.write_bytes(b"as it was")
+    for path in (there, tmp_path / "new.svg", tmp_path / "not" / "made" / "a.pdf"):
+        check_picture(path)
+    assert there.read_bytes() == b"as it was"
+    assert list(tmp_path.iterdir()) == [there]
 
 
 def test_a_mapping_file_has_the_same_scalars(tmp_path: Path) -> None:

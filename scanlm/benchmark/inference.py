@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scanlm.benchmark.checks import check_name
+from scanlm.benchmark.checks import check_name, check_once, check_positive, check_seed, check_some
 from scanlm.benchmark.failures import is_out_of_memory
 from scanlm.benchmark.kernel_times import kernel_milliseconds, short_name
 from scanlm.benchmark.subjects import SIZES, SUBJECTS, Setting, Subject, no_leftovers
@@ -71,7 +71,7 @@ class InferenceSettings:
         picture: also draw the timeline here, e.g. "inference_speed.png".
 
     Raises:
-        ScanLMError: a value out of range or an unknown name.
+        ScanLMError: a value out of range or given twice, or an unknown name.
     """
 
     size: str = "original"
@@ -97,6 +97,9 @@ class InferenceSettings:
     def __post_init__(self) -> None:
         """Check the values."""
         check_duration("seconds", self.seconds)
+        check_seed(self.seed)
+        check_once(self)
+        check_some("models", self.models, SUBJECTS)
         for name in self.models:
             check_name("model", name, SUBJECTS)
         for option in ("timeline_models", "batch_models"):
@@ -110,8 +113,6 @@ class InferenceSettings:
         check_name("size", self.size, SIZES)
         if self.dtype is not None:
             check_name("dtype", self.dtype, DTYPES)
-        if not self.models:
-            raise ScanLMError(f"no models given: name some of {', '.join(SUBJECTS)}")
         if self.prompt_len < 1:
             raise ScanLMError(
                 f"prompt_len={self.prompt_len}: an empty prompt cannot be read; expected >= 1"
@@ -121,10 +122,7 @@ class InferenceSettings:
         counts = {"chunk_size": [self.chunk_size], "batch_size": [self.batch_size]}
         counts |= {"steps": [self.steps], "batch_position": [self.batch_position]}
         lists = ("positions", "batch_sizes", "chunk_sizes")
-        for name, values in {**counts, **{n: getattr(self, n) for n in lists}}.items():
-            for value in values:
-                if value < 1:
-                    raise ScanLMError(f"{name}: {value} is not possible; expected >= 1")
+        check_positive({**counts, **{name: getattr(self, name) for name in lists}})
         if not (self.max_new_tokens or self.positions or self.batch_sizes or self.chunk_sizes):
             raise ScanLMError(
                 "nothing to measure: give max_new_tokens, positions, batch_sizes or chunk_sizes"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scanlm.benchmark.checks import check_name
+from scanlm.benchmark.checks import check_name, check_once, check_positive, check_some
 from scanlm.benchmark.timing import synchronize
 from scanlm.curriculum_settings import Stage, StateTrackingSettings, preset_settings
 from scanlm.curriculum_step import EAGER_STEPS, Learner
@@ -34,7 +34,8 @@ class StateSpeedSettings:
     Args:
         preset: of ``curriculum_settings``; its stages say batch and dropout of each length.
         changes: ``key=value`` texts for it.
-        lengths: of the words; each must be one of the preset's stages.
+        lengths: of the words; each must be one of the preset's stages. ``None``: 3, or the first
+            where there is no 3, and the last.
         ways: see above; ``None``: all on a GPU, elsewhere "eager".
         runs: numbers of runs side by side.
         steps: timed at most, of each run.
@@ -44,12 +45,12 @@ class StateSpeedSettings:
 
     Raises:
         ScanLMError: an unknown way, preset or setting, a length without a stage, a number below 1,
-            a way that needs a GPU.
+            an entry given twice, a way that needs a GPU.
     """
 
     preset: str = "paper"
     changes: tuple[str, ...] = ()
-    lengths: tuple[int, ...] = (3, 16)
+    lengths: tuple[int, ...] | None = None
     ways: tuple[str, ...] | None = None
     runs: tuple[int, ...] = (1, 2, 5)
     steps: int = 400
@@ -60,18 +61,25 @@ class StateSpeedSettings:
     def __post_init__(self) -> None:
         """Check the values."""
         check_duration("seconds", self.seconds)
+        check_once(self)
+        check_some("ways", self.ways, WAYS)
         for way in self.ways or ():
             check_name("way", way, WAYS)
         on_gpu = usable_device(self.device).type == "cuda"
         refused = next((way for way in self.ways or () if way != "eager" and not on_gpu), None)
         if refused is not None:
             raise ScanLMError(f"way {refused!r} needs a GPU: CUDA graphs do not exist elsewhere")
-        for name, values in {"runs": self.runs, "steps": (self.steps,)}.items():
-            for value in values:
-                if value < 1:
-                    raise ScanLMError(f"{name}: {value} is not possible; expected >= 1")
-        for length in self.lengths:
+        check_positive({"runs": self.runs, "steps": (self.steps,)})
+        for length in self.chosen_lengths():
             self.stage(length)
+
+    def chosen_lengths(self) -> tuple[int, ...]:
+        """The lengths asked for, or those that suit the preset."""
+        if self.lengths is not None:
+            return self.lengths
+        stages = [stage.length for stage in self.training().stages]
+        # 3 is the one that machines are compared at
+        return tuple(dict.fromkeys((3 if 3 in stages else stages[0], stages[-1])))
 
     def training(self, way: str = "eager", seed: int = 0) -> StateTrackingSettings:
         """The settings of one run."""
@@ -84,7 +92,7 @@ class StateSpeedSettings:
         if length not in stages:
             raise ScanLMError(
                 f"length {length}: preset {self.preset!r} has no such stage; choose some of "
-                f"{', '.join(map(str, stages))}"
+                f"{', '.join(map(str, stages))} (--lengths)"
             )
         return stages[length]
 
@@ -110,7 +118,8 @@ def benchmark_state_tracking(
     ways = settings.ways or (WAYS if device.type == "cuda" else ("eager",))
     example = settings.training()
     parameters: dict[str, Any] = {k: v for k, v in asdict(settings).items() if k != "root"}
-    parameters |= {"ways": ways, "precision": example.precision}
+    lengths = settings.chosen_lengths()
+    parameters |= {"lengths": lengths, "ways": ways, "precision": example.precision}
     parameters["device"] = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     )
@@ -126,7 +135,7 @@ def benchmark_state_tracking(
     with run.failures_recorded():
         for way in ways:
             learners: list[Learner] = []
-            for length in settings.lengths:
+            for length in lengths:
                 for count in settings.runs:
                     if (way, length, count) in done:
                         continue

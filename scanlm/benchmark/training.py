@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from scanlm.baselines import build_model, load_entry
-from scanlm.benchmark.checks import check_name
+from scanlm.benchmark.checks import check_name, check_once, check_positive, check_seed, check_some
 from scanlm.benchmark.failures import is_out_of_memory
 from scanlm.benchmark.kernel_times import kernel_milliseconds
 from scanlm.benchmark.subjects import no_leftovers
@@ -59,6 +59,13 @@ PARTS = (
     "chunks",
     "lengths",
 )
+# what a part that may be without a measurement needs
+NEEDS = {
+    "modes": "choose other modes, or models that have several",
+    "compiled": "ask for compile, the default on a GPU",
+    "chunks": "give chunk_sizes, and a scan model among the models",
+    "lengths": "give two or more seq_lens",
+}
 PROFILED = 3  # steps
 LONGEST_UNROLLED = 32  # chunks; a node-by-node tree of more is not compiled
 GPU_MODELS = (
@@ -94,7 +101,7 @@ class TrainingSpeedSettings:
         root: folder of all runs.
 
     Raises:
-        ScanLMError: a value out of range or an unknown name.
+        ScanLMError: a value out of range or given twice, an unknown name, float16 without a GPU.
     """
 
     models: tuple[str, ...] | None = None
@@ -118,19 +125,21 @@ class TrainingSpeedSettings:
         """Check the values."""
         check_duration("seconds", self.seconds)
         check_duration("max_seconds", self.max_seconds)
+        check_seed(self.seed)
+        check_once(self)
+        check_some("parts", self.parts, PARTS)
         for part in self.parts:
             check_name("part", part, PARTS)
         if self.dtype is not None:
             check_name("dtype", self.dtype, tuple(DTYPES))
-        known = {mode for model in self.models or () for mode in modes_of(model)}
+        if self.dtype == "float16" and self.torch_device().type == "cpu":
+            raise ScanLMError("dtype='float16' needs a GPU: use float32 or bfloat16 on a CPU")
+        known = {mode for model in self.models or CPU_MODELS for mode in modes_of(model)}
         for mode in self.modes or ():
-            check_name("mode", mode, sorted(known) or modes_of("scanlm_tiny"))
+            check_name("mode", mode, sorted(known))
         counts = {name: getattr(self, name) or () for name in ("chunk_sizes", "seq_lens")}
-        counts |= {"batch_tokens": (self.batch_tokens or 1,), "steps": (self.steps,)}
-        for name, values in counts.items():
-            for value in values:
-                if value < 1:
-                    raise ScanLMError(f"{name}: {value} is not possible; expected >= 1")
+        counts |= {"batch_tokens": () if self.batch_tokens is None else (self.batch_tokens,)}
+        check_positive(counts | {"steps": (self.steps,)})
         if self.num_workers < 0:
             raise ScanLMError(f"num_workers={self.num_workers}: expected an integer >= 0")
         if self.models is not None and not self.models:
@@ -169,13 +178,20 @@ def benchmark_training(
         The run; finished, unless ``max_seconds`` were over (status "interrupted").
 
     Raises:
-        ScanLMError: an unknown model.
+        ScanLMError: an unknown model, or nothing to measure.
         KeyboardInterrupt: recorded; what was measured is kept and the same call goes on.
     """
     begun, longest = time.perf_counter(), 0.0
     s = settings.resolved()
     device = s.torch_device()
     work = list(plan(s))
+    nothing = [
+        f"nothing to measure in part {part!r}: {NEEDS[part]}"
+        for part, items in _by_part(s).items()
+        if not items
+    ]
+    if not work:
+        raise ScanLMError("; ".join(nothing))
     left = ("seed", "root", "max_seconds")
     parameters = {k: v for k, v in asdict(s).items() if k not in left}
     parameters["machine"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -185,6 +201,8 @@ def benchmark_training(
         report(f"already finished: {run.folder}")
         return run
     metrics = read_metrics(run.folder)
+    for line in nothing:
+        report(line)
     with run.failures_recorded():
         if metrics.empty:
             run.log("matmul_flops_per_second", measure_peak(device, str(s.dtype)), dtype=s.dtype)
@@ -218,37 +236,44 @@ def measure_peak(device: torch.device, dtype: str) -> float:
 def plan(s: TrainingSpeedSettings) -> Iterator[Work]:
     """What will be measured, the most important first, each once."""
     seen: set[Work] = set()
-    for work in _plan(s.resolved()):
-        if work not in seen:
-            seen.add(work)
-            yield work
+    for items in _by_part(s.resolved()).values():
+        for work in items:
+            if work not in seen:
+                seen.add(work)
+                yield work
 
 
-def _plan(s: TrainingSpeedSettings) -> Iterator[Work]:
+def _by_part(s: TrainingSpeedSettings) -> dict[str, list[Work]]:
+    """What belongs to each part that is asked for; some of it to several."""
     assert s.models is not None
     assert s.seq_lens is not None
     firsts = [_first(s, model, s.seq_lens[0]) for model in s.models]
-    if "step" in s.parts:
+    return {part: list(_of_part(part, s, firsts)) for part in PARTS if part in s.parts}
+
+
+def _of_part(part: str, s: TrainingSpeedSettings, firsts: Sequence[Work]) -> Iterator[Work]:
+    assert s.models is not None
+    assert s.seq_lens is not None
+    if part == "step":
         yield from firsts
-    for part in ("trainer", "loader", "loading", "kernels"):
-        if part in s.parts:
-            yield replace(firsts[0], part=part)
-    if "modes" in s.parts:
+    elif part in ("trainer", "loader", "loading", "kernels"):
+        yield replace(firsts[0], part=part)
+    elif part == "modes":
         for first in firsts:
             yield from _others(s, first)
-    if "compiled" in s.parts and s.compile:
+    elif part == "compiled" and s.compile:
         for first in firsts:
             yield replace(first, compiled="no")
             if load_entry(first.model).family == "scanlm":
                 yield replace(first, compiled="whole")
             if load_entry(first.model).family == "gpt2":
                 yield replace(first, mode="transformers", compiled="no")
-    if "chunks" in s.parts:
+    elif part == "chunks":
         for first in firsts:
             if first.chunk_size is not None:
                 for size in s.chunk_sizes or ():
                     yield replace(first, model=_sized(first.model, size), chunk_size=size)
-    if "lengths" in s.parts:
+    elif part == "lengths":
         for length in s.seq_lens[1:]:
             for model in s.models:
                 first = _first(s, model, length)

@@ -17,6 +17,7 @@ app = typer.Typer(
     help="Measure speed and memory, and record them.",
 )
 PARTS = "step, trainer, loader, loading, kernels, modes, compiled, chunks, lengths"
+DTYPE = "float32, bfloat16 or float16. Default: bfloat16 on a GPU, else float32."
 
 
 @app.callback()
@@ -28,18 +29,30 @@ def _benchmark() -> None:
 def training(
     models: Annotated[
         str | None,
-        typer.Option(help="Registry ids with commas between; the first is the main one."),
+        typer.Option(
+            help="Registry ids with commas between; the first is the main one. Default: a scan "
+            "model, GPT-2, GLA and Gated DeltaNet, tiny ones without a GPU."
+        ),
     ] = None,
-    chunk_sizes: Annotated[str | None, typer.Option(help="Of the scan models: 64,32,128.")] = None,
-    seq_lens: Annotated[str | None, typer.Option(help="Tokens a sequence: 512,4096,65536.")] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens a step.")] = None,
-    parts: Annotated[str | None, typer.Option(help=f"Some of {PARTS}.")] = None,
+    chunk_sizes: Annotated[
+        str | None,
+        typer.Option(help="Of the scan models, e.g. 64,32,128. Default: each model's own."),
+    ] = None,
+    seq_lens: Annotated[
+        str | None,
+        typer.Option(help="Tokens a sequence, e.g. 512,4096. Default: 512 on a GPU, else 256."),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens a step. Default: 32768 on a GPU, else 2048.")
+    ] = None,
+    parts: Annotated[str | None, typer.Option(help=f"Some of {PARTS}. Default: all.")] = None,
     modes: Annotated[
-        str | None, typer.Option(help="Of the parts modes and lengths, e.g. sequential,flash.")
+        str | None,
+        typer.Option(help="Of the parts modes and lengths, e.g. sequential,flash. Default: all."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Timed at most, a measurement.")] = 50,
     seconds: Annotated[float, typer.Option(help="Time for them, about.")] = 15.0,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=DTYPE)] = None,
     compile_: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Default: on a GPU.")
     ] = None,
@@ -81,39 +94,39 @@ def training(
 @app.command()
 def inference(
     size: Annotated[
-        str | None, typer.Option(help="tiny, original (256 wide, 2 + 2 blocks) or base.")
-    ] = None,
+        str, typer.Option(help="tiny, original (256 wide, 2 + 2 blocks) or base.")
+    ] = "original",
     models: Annotated[
-        str | None, typer.Option(help="With commas between: scanlm,gpt2_graph,gpt2_dynamic.")
-    ] = None,
+        str, typer.Option(help="Names with commas between.")
+    ] = "scanlm,gpt2_graph,gpt2_dynamic",
     device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    chunk_size: Annotated[int | None, typer.Option(help="Of the scan model: 64.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows: 1.")] = None,
-    prompt_len: Annotated[int | None, typer.Option(help="Tokens read first: 100.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=DTYPE)] = None,
+    chunk_size: Annotated[int, typer.Option(help="Of the scan model.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Rows.")] = 1,
+    prompt_len: Annotated[int, typer.Option(help="Tokens read first.")] = 100,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Tokens timed one by one: 10000; 0 for none.")
-    ] = None,
+        int, typer.Option(help="Tokens timed one by one; 0 for none.")
+    ] = 10_000,
     timeline_models: Annotated[
-        str | None, typer.Option(help="Which of the models write them; default all.")
+        str | None, typer.Option(help="Which of the models write them. Default: all.")
     ] = None,
     positions: Annotated[
-        str | None, typer.Option(help="Also after prompts of these lengths: 1000,131072.")
+        str | None, typer.Option(help="Also after prompts of these lengths, e.g. 1000,131072.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Tokens timed at each of them: 256.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Time for them, about: 20.")] = None,
-    batch_sizes: Annotated[str | None, typer.Option(help="Throughput of these: 1,64.")] = None,
+    steps: Annotated[int, typer.Option(help="Tokens timed at each of them.")] = 256,
+    seconds: Annotated[float, typer.Option(help="Time for them, about.")] = 20.0,
+    batch_sizes: Annotated[str | None, typer.Option(help="Throughput of these, e.g. 1,64.")] = None,
     batch_models: Annotated[
-        str | None, typer.Option(help="Which of the models have it measured; default all.")
+        str | None, typer.Option(help="Which of the models have it measured. Default: all.")
     ] = None,
-    chunk_sizes: Annotated[str | None, typer.Option(help="Also with these: 16,256.")] = None,
+    chunk_sizes: Annotated[str | None, typer.Option(help="Also with these, e.g. 16,256.")] = None,
     batch_position: Annotated[
-        int | None, typer.Option(help="Where batch and chunk sizes are measured: 1000.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights and prompts: 42.")] = None,
+        int, typer.Option(help="Where batch and chunk sizes are measured.")
+    ] = 1000,
+    seed: Annotated[int, typer.Option(help="Of weights and prompts.")] = 42,
     root: Annotated[Path, typer.Option(help="Where the record is written.")] = Path("data/runs"),
     picture: Annotated[
-        Path | None, typer.Option(help="Also draw the tokens' times: inference_speed.png.")
+        Path | None, typer.Option(help="Also draw the tokens' times, e.g. inference_speed.png.")
     ] = None,
 ) -> None:
     """Time a token and memory against position, batch and chunk size.
@@ -152,11 +165,21 @@ def inference(
 def state_tracking(
     preset: Annotated[str, typer.Option(help="paper, original, laptop or smoke.")] = "paper",
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, as of scanlm curriculum.")
+        list[str] | None,
+        typer.Option("--set", help="key=value, as of scanlm curriculum; repeatable."),
     ] = None,
-    lengths: Annotated[str | None, typer.Option(help="Of the words: 3,16.")] = None,
-    ways: Annotated[str | None, typer.Option(help="Some of eager, captured, compiled.")] = None,
-    runs: Annotated[str | None, typer.Option(help="Runs side by side: 1,2,5.")] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the words, e.g. 2,4. Default: 3, or the preset's first if it has no 3, and "
+            "its last."
+        ),
+    ] = None,
+    ways: Annotated[
+        str | None,
+        typer.Option(help="Some of eager, captured, compiled. Default: all on a GPU, else eager."),
+    ] = None,
+    runs: Annotated[str, typer.Option(help="Runs side by side.")] = "1,2,5",
     steps: Annotated[int, typer.Option(help="Timed at most, of each run.")] = 400,
     seconds: Annotated[float, typer.Option(help="Time for them, about.")] = 3.0,
     device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,

@@ -33,23 +33,26 @@ def one_line_errors() -> Iterator[None]:
 
     try:
         yield
+    except typer.Exit:  # a RuntimeError that needs no torch to be told from others
+        raise
     except (ScanLMError, NotebookFailed) as error:
         fail(str(error))
     except KeyboardInterrupt as error:
         fail(f"interrupted{': ' if error.args else ''}{error}", INTERRUPTED)
-    except MemoryError:
-        fail("out of memory: lower the batch size or the sequence length")
     except OSError as error:
         if error.errno in (None, errno.EPIPE):
             raise
         what = f"{error.filename}: " if error.filename else ""
         fail(f"{what}{error.strerror}")
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be loaded
+    except (MemoryError, RuntimeError) as error:
+        from scanlm.benchmark.failures import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
+        of_gpu = type(error) is not MemoryError and "CPUAllocator" not in str(error)
         fail(
-            "out of GPU memory: lower the batch size (or raise gradient_accumulation) or the "
-            "sequence length"
+            f"out of {'GPU ' if of_gpu else ''}memory: lower the batch size (or raise "
+            "gradient_accumulation) or the sequence length; what was saved is kept"
         )
 
 
@@ -74,10 +77,18 @@ class Commands(TyperGroup):
                 typer.echo(error.format_message(), err=True)
             else:
                 where = error.ctx.command_path if error.ctx else "scanlm"
+                _name_value(error)
                 line = f"{error.format_message().rstrip('.')}; see {where} --help"
                 typer.echo(f"{where}: {' '.join(line.split())}", err=True)
             code = WRONG_USAGE
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _name_value(error: Any) -> None:
+    """Put the wrong value into the parser's complaint, where pydantic's message leaves it out."""
+    cause: Any = error.__cause__
+    if isinstance(error, typer.BadParameter) and hasattr(cause, "errors"):
+        error.message = f"{cause.errors()[0]['input']!r}: {error.message}"
 
 
 class SeveralSteps(TyperCommand):

@@ -129,13 +129,10 @@ def _states(writes: Tensor, kept: Tensor, state: Tensor | None) -> tuple[list[Te
     return states, state
 
 
-def _add_reads(o: Tensor, q: Tensor, states: list[Tensor]) -> Tensor:
-    """To outputs ``(b, h, n, c, v)`` what the last chunks' queries find in the states."""
-    if not states:
-        return o
-    first = o.shape[2] - len(states)
-    read = q[:, :, first:] @ torch.stack(states, 2)
-    return o + read if first == 0 else torch.cat([o[:, :, :first], o[:, :, first:] + read], 2)
+def _add_reads(o: Tensor, reads: Tensor) -> Tensor:
+    """To outputs ``(b, h, n, c, v)`` what the last chunks' queries find in the states they read."""
+    first = o.shape[2] - reads.shape[2]
+    return torch.cat([o[:, :, :first], o[:, :, first:] + reads], 2) if first else o + reads
 
 
 def _gla_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None) -> Result:
@@ -145,17 +142,36 @@ def _gla_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None
     writes = (k * (last - b).exp()).transpose(3, 4) @ v  # (b, h, n, k, v)
     kept = last.transpose(3, 4).exp()  # (b, h, n, k, 1)
     states, state = _states(writes, kept, state)
-    return _add_reads(_decayed_scores(q, k, b) @ v, q * b.exp(), states), state
+    o = _decayed_scores(q, k, b) @ v
+    if states:
+        o = _add_reads(o, (q * b.exp())[:, :, -len(states) :] @ torch.stack(states, 2))
+    return o, state
 
 
 def _state_space_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None) -> Result:
     heads = v.shape[1] // q.shape[1]
     b = g.cumsum(3)  # (b, h, n, c)
-    scores = (q @ k.transpose(-1, -2)).repeat_interleave(heads, 1) * _decays(b)
-    q, k = q.repeat_interleave(heads, 1), k.repeat_interleave(heads, 1)
-    writes = (k * (b[..., -1:] - b).exp().unsqueeze(-1)).transpose(-1, -2) @ v
+    o = (q @ k.transpose(-1, -2)).repeat_interleave(heads, 1) * _decays(b) @ v
+    # decays go to the values and to what is read, where heads differ anyway: so heads that share
+    # their keys and queries are columns of one product, and nothing is copied for each
+    late = v * (b[..., -1:] - b).exp().unsqueeze(-1)
+    writes = _heads_apart(k.transpose(-1, -2) @ _heads_as_columns(late, heads), heads)
     states, state = _states(writes, b[..., -1, None, None].exp(), state)
-    return _add_reads(scores @ v, q * b.exp().unsqueeze(-1), states), state
+    if states:
+        last = slice(-len(states), None)
+        columns = q[:, :, last] @ _heads_as_columns(torch.stack(states, 2), heads)
+        o = _add_reads(o, _heads_apart(columns, heads) * b[:, :, last].exp().unsqueeze(-1))
+    return o, state
+
+
+def _heads_as_columns(x: Tensor, heads: int) -> Tensor:
+    """``(b, m * heads, n, r, v)`` to ``(b, m, n, r, heads * v)``."""
+    return x.unflatten(1, (-1, heads)).permute(0, 1, 3, 4, 2, 5).flatten(4)
+
+
+def _heads_apart(x: Tensor, heads: int) -> Tensor:
+    """The other way round."""
+    return x.unflatten(4, (heads, -1)).permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
 
 
 def _decays(b: Tensor) -> Tensor:

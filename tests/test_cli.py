@@ -21,6 +21,7 @@ from scanlm.cli import app
 
 HEAVY = ["torch", "transformers", "matplotlib", "datasets", "papermill", "pandas", "fla"]
 SMALL = ["n_embd=8", "n_head=2", "chunk_size=4", "t2_layers=1", "n_positions=64"]
+RECORD = {"run_id": "r", "experiment": "e", "model": "m", "seed": 0, "status": "finished"}
 QUICK = ["seq_len=8", "batch_size=2", "steps=4", "save_every=2", "eval_every=2", "log_every=2"]
 
 
@@ -572,7 +573,7 @@ def test_evaluate_needs_a_target_that_is_there(trained: dict[str, Any], tmp_path
     assert "is no name that is known: give --corpus" in refused("evaluate", run)
     assert "is no run, so nothing says which corpus" in refused("evaluate", tmp_path)
     assert "does not exist" in refused("evaluate", tmp_path / "absent")
-    (tmp_path / "run.json").write_text('{"parameters": {"group": "S5"}}')
+    (tmp_path / "run.json").write_text(json.dumps(RECORD | {"parameters": {"group": "S5"}}))
     assert "was not trained on text" in refused("evaluate", tmp_path)
     (tmp_path / "run.json").write_text("")
     assert "run.json is not JSON" in refused("evaluate", tmp_path)
@@ -581,7 +582,7 @@ def test_evaluate_needs_a_target_that_is_there(trained: dict[str, Any], tmp_path
 def test_the_corpus_of_a_run_is_the_default(tmp_path: Path) -> None:
     from scanlm.cli.comparison import trained_on
 
-    record = {"parameters": {"corpus": "embedded#test=train[:50%]"}}
+    record = RECORD | {"parameters": {"corpus": "embedded#test=train[:50%]"}}
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert trained_on(str(tmp_path)) == record["parameters"]["corpus"]
     assert trained_on(str(tmp_path / "checkpoint-4")) == record["parameters"]["corpus"]
@@ -725,6 +726,8 @@ def test_export_refuses_what_is_no_finished_run(trained: dict[str, Any], tmp_pat
     record = json.loads((trained["runs"]["gpt2_tiny"] / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
     assert "only finished runs are exported" in refused("export", tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    assert "run.json is no record of a run: run_id must be text" in refused("export", tmp_path)
 
 
 def test_curriculum_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -711,6 +711,8 @@ def test_export_and_figures(trained: dict[str, Any], tmp_path: Path) -> None:
     drawn = fine("figures", "scan_tree", "--results", results, "--out", tmp_path / "figures")
     assert Path(drawn.strip()).read_bytes().startswith(b"\x89PNG")
     assert "Did you mean 'scan_tree'?" in refused("figures", "scan_tre", "--out", tmp_path)
+    said = refused("figures", "comparison", "--results", results, "--out", tmp_path)
+    assert "comparison not drawn: no records in" in said
 
 
 def test_results_that_are_not_there_are_named(tmp_path: Path) -> None:

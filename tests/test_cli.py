@@ -240,9 +240,25 @@ def test_models_refuses_what_a_model_does_not_have(options: list[str], message: 
     assert message in refused("models", *options)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("family: gpt3", "'mine' is of unknown family 'gpt3'. Did you mean 'gpt2'?"),
+        ("family: gpt2\nconfig: {n_heads: 4}", "unknown field 'n_heads'"),
+        ("family: gpt2\nconfig: {n_head: 7}", "model 'mine' cannot be built"),
+    ],
+)
+def test_models_refuses_a_file_that_no_model_is_built_of(
+    tmp_path: Path, fields: str, message: str
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"id: mine\n{fields}\n")
+    assert message in refused("models", path)
+
+
 def test_a_family_without_its_package_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(entry: Any) -> int:
-        raise scanlm.ScanLMError("needs a package")
+        raise scanlm.ScanLMError("needs a package") from ModuleNotFoundError()
 
     monkeypatch.setattr(baselines, "count_parameters", missing)
     rows = json.loads(fine("models", "--json"))
@@ -366,6 +382,8 @@ def test_the_dry_run_is_what_is_trained(corpus: Path, tmp_path: Path) -> None:
         (["--set", "config.n_head=5"], "n_head"),
         (["--set", "seq_len=2048"], "seq_len=2048 is longer than the 1024 positions"),
         (["--corpus", "embeded"], "unknown corpus 'embeded'"),
+        (["--set", "config.vocab_size=256"], "'bytes' (257 tokens) and the model has a vocabulary"),
+        (["--set", "config.vocab_size=385"], "set config.vocab_size=257 or take another tokenizer"),
     ],
 )
 def test_wrong_settings_are_one_line(options: list[str], message: str) -> None:

@@ -61,7 +61,8 @@ def update_documents(path: str | Path, results: str | Path = "data/results") -> 
         The documents that changed.
 
     Raises:
-        ScanLMError: a document that cannot be read, or without the two markers; no such folder.
+        ScanLMError: a document that cannot be read, or without the two markers; no such folder, or
+            a damaged record in it. Nothing has been written then.
     """
     document, tables = Path(path), Path(results) / "README.md"
     check_results(results)

@@ -32,6 +32,9 @@ def parameter_table(model: ScanLMForCausalLM, seq_len: int) -> pd.DataFrame:
         Columns ``part``, ``role``, ``parameters``, ``share`` (of all parameters) and
         ``mflop_per_token`` (forward and backward, in millions). A head tied to T0 has none of its
         own.
+
+    Raises:
+        ScanLMError: a sequence of no tokens.
     """
     import pandas as pd
 
@@ -58,6 +61,9 @@ def size_table(names: Sequence[str], seq_len: int) -> pd.DataFrame:
     Returns:
         Indexed by ``model``: ``family``, ``parameters``, ``without embeddings`` (nor a head of its
         own), and ``MFLOP per token``, forward and backward; NaN of families not counted.
+
+    Raises:
+        ScanLMError: an unknown model, or a sequence of no tokens.
     """
     import pandas as pd
 

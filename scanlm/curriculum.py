@@ -322,6 +322,18 @@ def check_same_training(
             )
 
 
+def check_save_weights(save_weights: str) -> None:
+    """Refuse what is no way to keep weights.
+
+    Raises:
+        ScanLMError: it is not known.
+    """
+    if save_weights not in SAVE_WEIGHTS:
+        raise ScanLMError(
+            f"unknown save_weights {save_weights!r}.{nearest(save_weights, SAVE_WEIGHTS)}"
+        )
+
+
 def train_many(
     settings: Sequence[StateTrackingSettings],
     root: str | Path = "data/runs",
@@ -364,10 +376,7 @@ def train_many(
     for entry in settings:
         entry.check()
         check_model(entry)
-    if save_weights not in SAVE_WEIGHTS:
-        raise ScanLMError(
-            f"unknown save_weights {save_weights!r}.{nearest(save_weights, SAVE_WEIGHTS)}"
-        )
+    check_save_weights(save_weights)
     check_duration("max_seconds", max_seconds)
     start = time.perf_counter()
     chosen = usable_device(device)

@@ -22,6 +22,7 @@ from typing import Any
 from torch import nn
 
 from scanlm.config import ScanLMConfig
+from scanlm.errors import ScanLMError
 from scanlm.scan import num_combines
 
 Parts = dict[str, float]  # forward operations of one sequence, by part of the model
@@ -51,7 +52,12 @@ def _stack(
 
 
 def scanlm_parts(config: ScanLMConfig, seq_len: int) -> Parts:
-    """T1, T2 and head of one sequence of a scan model."""
+    """T1, T2 and head of one sequence of a scan model.
+
+    Raises:
+        ScanLMError: a sequence of no tokens.
+    """
+    _check_length(seq_len)
     c = config.chunk_size
     full, rest = divmod(seq_len, c)
     leaves = (seq_len - 1) // c
@@ -62,6 +68,11 @@ def scanlm_parts(config: ScanLMConfig, seq_len: int) -> Parts:
     if full and rest:
         t2 += _stack(config, config.t2_layers, 1, c + rest, rest, True)
     return {"t1": t1, "t2": t2, "head": 2 * seq_len * config.n_embd * config.vocab_size}
+
+
+def _check_length(seq_len: int) -> None:
+    if seq_len < 1:
+        raise ScanLMError(f"seq_len={seq_len}: expected at least one token")
 
 
 def _products(model: nn.Module) -> float:
@@ -128,7 +139,11 @@ def training_flops(model: Any, seq_len: int) -> Parts | None:
     Returns:
         ``{"t1": ..., "t2": ..., "head": ...}`` or ``{"blocks": ..., "head": ...}``; their sum is
         the cost of a token. ``None`` for a family whose arithmetic is not known here.
+
+    Raises:
+        ScanLMError: a sequence of no tokens.
     """
+    _check_length(seq_len)
     count = _FAMILIES.get(model.config.model_type)
     if count is None:
         return None

@@ -55,9 +55,15 @@ def state_growth(model: nn.Module, positions: Iterable[int], seed: int = 0) -> l
 
     Returns:
         Rows ``position``, ``value``.
+
+    Raises:
+        ScanLMError: a position before the first token.
     """
     from scanlm.scoring import context_limit
 
+    positions = list(positions)
+    if positions and min(positions) < 1:
+        raise ScanLMError(f"positions={positions}: expected numbers of tokens >= 1")
     limit = context_limit(model)
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training

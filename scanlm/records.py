@@ -38,6 +38,10 @@ STATUSES = ("running", "finished", "failed", "interrupted", "diverged")
 RUN_FILE, METRICS_FILE, SUMMARY_FILE = "run.json", "metrics.jsonl", "summary.json"
 LOCK_FILE = ".lock"
 _IDENTITY = ("run_id", "experiment", "model", "seed")
+_FIELDS: dict[str, type] = {"run_id": str, "experiment": str, "model": str, "seed": int}
+_FIELDS |= {"parameters": dict, "status": str}
+_EXPORTED = _FIELDS | {"summary": dict, "metrics": list}
+_KINDS = {str: "text", int: "an integer", dict: "an object", list: "a list"}
 # an absolute path (POSIX, home or Windows) at the start of a word; the last part is kept
 _PRIVATE = re.compile(r"(?<![^\s=\"'(,\[])(?:~|[A-Za-z]:(?=[\\/]))?(?:[\\/][^\s\\/\"',)\]]+)*[\\/]")
 
@@ -170,7 +174,7 @@ class Run:
             ScanLMError: there is none, or its ``run.json`` is damaged.
         """
         folder = Path(folder)
-        return cls(folder, _read_json(folder / RUN_FILE))
+        return cls(folder, _checked(folder / RUN_FILE, _FIELDS))
 
     @property
     def run_id(self) -> str:
@@ -300,7 +304,8 @@ def read_runs(*paths: str | Path) -> pd.DataFrame:
     ``summary.<name>``, and ``path``.
 
     Raises:
-        ScanLMError: a path that does not exist or a damaged record.
+        ScanLMError: a path that does not exist, a damaged record, or one run in two files of a
+            folder.
     """
     import pandas as pd
 
@@ -341,6 +346,9 @@ def read_metrics(*paths: str | Path) -> pd.DataFrame:
 
     A metric's own ``model``, ``seed`` or other axis wins over its run's; ``corpus`` and the scan
     model's ``chunk_size`` are filled in from the run's parameters.
+
+    Raises:
+        ScanLMError: as ``read_runs``.
     """
     import pandas as pd
 
@@ -406,6 +414,17 @@ def export(
     return path
 
 
+def exported(results: str | Path, experiment: str = "*") -> list[Path]:
+    """The files of a folder of exported records, in the order of their names.
+
+    Args:
+        results: the folder.
+        experiment: one alone; by default all.
+    """
+    found = Path(results).glob(f"{experiment}/*.json")
+    return sorted(found, key=lambda path: natural_key(str(path)))
+
+
 def check_results(results: str | Path) -> None:
     """Refuse a folder of exported records that is not there, whose figures would all be missing.
 
@@ -463,13 +482,19 @@ def shown_status(status: Any) -> str:
 def _records(paths: Iterable[str | Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Every record below the paths, each once, in the order of paths and names."""
     seen = set()
+    places: dict[tuple[Path, str], Path] = {}
     for path in map(Path, paths):
         if not path.exists():
             raise ScanLMError(f"no run or exported record at {path}: no such file or folder")
         for found in _find(path):
-            if found.resolve() not in seen:
-                seen.add(found.resolve())
-                yield found, _read_record(found)
+            if (place := found.resolve()) in seen:
+                continue
+            seen.add(place)
+            record = _read_record(found)
+            first = places.setdefault((place.parent, record["run_id"]), found)
+            if first != found:  # it would be counted as another seed
+                raise ScanLMError(f"{first} and {found} hold the same run: remove one of them")
+            yield found, record
 
 
 def _find(path: Path) -> list[Path]:
@@ -499,9 +524,19 @@ def _read_record(path: Path) -> dict[str, Any]:
         run = Run.open(path)
         lines = list(_read_lines(path / METRICS_FILE))
         return run.info | {"summary": run.summary, "metrics": lines}
+    record = _checked(path, _EXPORTED)
+    for number, metric in enumerate(record["metrics"], 1):
+        _check_metric(metric, path, f", metric {number}")
+    return record
+
+
+def _checked(path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
+    """A JSON object with at least these fields of these types."""
     record = _read_json(path)
-    if not {"run_id", "metrics"} <= record.keys():
-        raise ScanLMError(f"{path} is no exported run: it has no run_id and metrics")
+    for name, kind in fields.items():
+        if not isinstance(record.get(name), kind):
+            got = f"got {record[name]!r:.40}" if name in record else "there is none"
+            raise _damaged(path, f"is no record of a run: {name} must be {_KINDS[kind]}, {got}")
     return record
 
 
@@ -513,22 +548,57 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, 1):
             if not line.endswith("\n"):
                 return
+            where = f", line {number}"
             try:
-                yield json.loads(line)
+                metric = _JSON.decode(line)
             except ValueError as error:
-                raise ScanLMError(f"{path}, line {number} is not JSON: {error}") from error
+                raise _damaged(path, f"is not JSON that can be read: {error}", where) from error
+            _check_metric(metric, path, where)
+            yield metric
+
+
+def _check_metric(metric: Any, path: Path, where: str) -> None:
+    try:
+        known = isinstance(metric["name"], str) and "value" in metric
+        _decode(metric)
+    except (KeyError, TypeError, ValueError):
+        known = False
+    if not known:
+        raise _damaged(path, f"is no metric, a name and a value: {metric!r:.60}", where)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = _JSON.decode(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ScanLMError(f"no run record at {path}: {error.strerror}") from error
     except ValueError as error:
-        raise ScanLMError(f"{path} is not JSON: {error}") from error
+        raise _damaged(path, f"is not JSON that can be read: {error}") from error
     if not isinstance(content, dict):
-        raise ScanLMError(f"{path} must hold one JSON object, got {type(content).__name__}")
+        raise _damaged(path, f"must hold one JSON object, got {type(content).__name__}")
     return content
+
+
+def _damaged(path: Path, what: str, where: str = "") -> ScanLMError:
+    """The error of a file that is no record, with what can be done about it."""
+    of_folder = path.name in (RUN_FILE, METRICS_FILE, SUMMARY_FILE)
+    other = "remove its folder to repeat the run" if of_folder else "export its run again"
+    return ScanLMError(f"{path}{where} {what}; restore the file, or {other}")
+
+
+def _finite(text: str) -> float:
+    """A number of a record; one too large for a float would fail wherever it is used."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"the number {text:.20} is not finite, or too large")
+    return number
+
+
+def _integer(text: str) -> int:
+    _finite(text)
+    return int(text)
+
+
+_JSON = json.JSONDecoder(parse_float=_finite, parse_int=_integer, parse_constant=_finite)
 
 
 # Writing
@@ -615,6 +685,7 @@ __all__ = [
     "Run",
     "check_results",
     "export",
+    "exported",
     "of_kind",
     "plain",
     "read_metrics",

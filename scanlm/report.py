@@ -6,13 +6,14 @@ README, and all tables beside the records; tests compare them with the records.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scanlm.errors import ScanLMError
 from scanlm.headlines import headlines
-from scanlm.records import check_results, read_runs
+from scanlm.records import check_results, exported, read_runs
 from scanlm.report_tables import TABLES, Row, source
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def update_documents(path: str | Path, results: str | Path = "data/results") -> 
         The documents that changed.
 
     Raises:
-        ScanLMError: a document that cannot be read, or without the two markers; no such folder.
+        ScanLMError: a document that cannot be read, or without the two markers; no such folder, or
+            a damaged record in it. Nothing has been written then.
     """
     document, tables = Path(path), Path(results) / "README.md"
     check_results(results)
@@ -83,11 +85,13 @@ def update_documents(path: str | Path, results: str | Path = "data/results") -> 
 
 def _read(results: Path, link_from: Path) -> pd.DataFrame | None:
     """All records with ``source``, relative to a document's folder."""
-    if not any(results.glob("*/*.json")):
+    files = exported(results)
+    if not files:
         return None
-    runs = read_runs(results)
+    runs = read_runs(*files)
     base = link_from.resolve()
-    runs["link"] = [Path(path).resolve().relative_to(base).as_posix() for path in runs["path"]]
+    links = (os.path.relpath(Path(path).resolve(), base) for path in runs["path"])
+    runs["link"] = [Path(link).as_posix() for link in links]
     return runs.assign(source=runs.apply(source, axis=1))
 
 

@@ -31,6 +31,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from scanlm.errors import ScanLMError
+
 T = TypeVar("T")
 Span = tuple[int, int]
 
@@ -164,7 +166,13 @@ def _schedule(n: int, seeded: bool) -> _Schedule:
 
 
 def num_combines(n: int) -> int:
-    """How many combines the prefixes 1 ... n of n leaves need (n >= 0)."""
+    """How many combines the prefixes 1 ... n of n leaves need.
+
+    Raises:
+        ScanLMError: n < 0.
+    """
+    if n < 0:
+        raise ScanLMError(f"n={n}: expected a number of leaves >= 0")
     plan = _schedule(n, False)
     return sum(len(plan.combines(step)) for step in range(1, len(plan.calls)))
 

@@ -503,13 +503,7 @@ def _check_streams(settings: TrainingSettings, model: Any, blocks: Blocks) -> No
 
 def _check(settings: TrainingSettings, model: Any, tokens: TokenizedCorpus, blocks: Blocks) -> None:
     """Refuse what cannot train before anything is written."""
-    size, corpus = int(model.config.vocab_size), tokens.vocab_size
-    if not corpus <= size <= -(-corpus // PADDED_VOCABULARY) * PADDED_VOCABULARY:
-        raise ScanLMError(
-            f"corpus {tokens.name!r} is tokenised with {tokens.tokenizer_spec!r} ({corpus} tokens) "
-            f"and the model has a vocabulary of {size}: set config.vocab_size={corpus} or take "
-            "another tokenizer"
-        )
+    _check_vocabulary(model, tokens.name, tokens.tokenizer_spec, tokens.vocab_size)
     check_context(model, settings.seq_len)
     if settings.carry_state:
         _check_streams(settings, model, blocks)
@@ -534,6 +528,15 @@ def _check(settings: TrainingSettings, model: Any, tokens: TokenizedCorpus, bloc
             f"seq_len={settings.seq_len} is {count} of chunk_size={chunk}: nothing is scanned "
             "and T1 is not trained; choose a smaller config.chunk_size",
             stacklevel=3,
+        )
+
+
+def _check_vocabulary(model: Any, corpus: str, tokenizer: str, entries: int) -> None:
+    size = int(model.config.vocab_size)
+    if not entries <= size <= -(-entries // PADDED_VOCABULARY) * PADDED_VOCABULARY:
+        raise ScanLMError(
+            f"corpus {corpus!r} is tokenised with {tokenizer!r} ({entries} tokens) and the model "
+            f"has a vocabulary of {size}: set config.vocab_size={entries} or take another tokenizer"
         )
 
 
@@ -565,12 +568,14 @@ def sizes(settings: TrainingSettings) -> dict[str, Any]:
         folder that is not there yet leaves the vocabulary of the model's entry.
 
     Raises:
-        ScanLMError: a model that cannot be built, sequences longer than its positions, or a
-            tokenizer that is not known.
+        ScanLMError: a model that cannot be built, sequences longer than its positions, a
+            tokenizer that is not known, or a vocabulary of another size than the tokenizer's.
     """
-    vocabulary, exact = _expected_vocabulary(settings)
+    tokenizer, vocabulary, exact = _expected_vocabulary(settings)
     model = _build(settings, vocabulary, "meta")
     _set_dropout(model, settings.dropout)
+    if vocabulary is not None and exact:
+        _check_vocabulary(model, settings.corpus, tokenizer, vocabulary)
     check_context(model, settings.seq_len)
     number = sum(p.numel() for p in model.parameters())
     c = model.config
@@ -595,8 +600,8 @@ def sizes(settings: TrainingSettings) -> dict[str, Any]:
     }
 
 
-def _expected_vocabulary(settings: TrainingSettings) -> tuple[int | None, bool]:
-    """What ``vocabulary_size`` says of the run's tokenizer; no size if its folder is not there."""
+def _expected_vocabulary(settings: TrainingSettings) -> tuple[str, int | None, bool]:
+    """The run's tokenizer, and ``vocabulary_size`` of it; no size if its folder is not there."""
     spec = settings.tokenizer
     if spec is None:
         try:
@@ -604,11 +609,11 @@ def _expected_vocabulary(settings: TrainingSettings) -> tuple[int | None, bool]:
         except ScanLMError:  # a sweep is planned before its corpus is there
             spec = "gpt2"
     try:
-        return vocabulary_size(spec)
+        return spec, *vocabulary_size(spec)
     except ScanLMError:
         if "/" not in spec or Path(spec).expanduser().exists():
             raise
-        return None, True
+        return spec, None, True
 
 
 def describe(settings: TrainingSettings) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import torch
 
 from scanlm.anatomy import parameter_table, shape_table, size_table
 from scanlm.baselines import build_model
+from scanlm.errors import ScanLMError
 from scanlm.model import ScanLMConfig, ScanLMForCausalLM
 
 
@@ -34,3 +35,16 @@ def test_sizes_of_other_models_are_told_from_shapes_alone():
     assert table.loc["gpt2_tiny", "without embeddings"] == gpt2.num_parameters() - tied
     assert table.loc["scanlm_tiny", "family"] == "scanlm"
     assert (table["MFLOP per token"] > 0).all()
+
+
+@pytest.mark.parametrize("seq_len", [0, -1])
+def test_the_cost_of_no_tokens_is_refused(seq_len):
+    with torch.device("meta"):
+        model = ScanLMForCausalLM(ScanLMConfig.preset("tiny", vocab_size=50, chunk_size=8))
+    for table in (
+        lambda: parameter_table(model, seq_len),
+        lambda: size_table(["gpt2_tiny"], seq_len),
+        lambda: size_table(["scanlm_tiny"], seq_len),
+    ):
+        with pytest.raises(ScanLMError, match=f"seq_len={seq_len}: expected at least one token"):
+            table()

@@ -60,6 +60,7 @@ def make_run(folder, steps=(5, 10), best=None):
     """A run folder with one model per step, seeded by the step."""
     folder.mkdir()
     record = {"run_id": "m-s3-00000000", "model": "gpt2_tiny", "seed": 3}
+    record |= {"experiment": "text", "status": "finished"}
     parameters = {"tokenizer": "bytes", "seq_len": 8}
     (folder / "run.json").write_text(json.dumps({**record, "parameters": parameters}))
     for step in steps:

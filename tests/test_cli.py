@@ -26,6 +26,7 @@ from scanlm.cli import app
 
 HEAVY = ["torch", "transformers", "matplotlib", "datasets", "papermill", "pandas", "fla"]
 SMALL = ["n_embd=8", "n_head=2", "chunk_size=4", "t2_layers=1", "n_positions=64"]
+RECORD = {"run_id": "r", "experiment": "e", "model": "m", "seed": 0, "status": "finished"}
 QUICK = ["seq_len=8", "batch_size=2", "steps=4", "save_every=2", "eval_every=2", "log_every=2"]
 
 
@@ -266,9 +267,25 @@ def test_models_refuses_what_a_model_does_not_have(options: list[str], message: 
     assert message in refused("models", *options)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("family: gpt3", "'mine' is of unknown family 'gpt3'. Did you mean 'gpt2'?"),
+        ("family: gpt2\nconfig: {n_heads: 4}", "unknown field 'n_heads'"),
+        ("family: gpt2\nconfig: {n_head: 7}", "model 'mine' cannot be built"),
+    ],
+)
+def test_models_refuses_a_file_that_no_model_is_built_of(
+    tmp_path: Path, fields: str, message: str
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"id: mine\n{fields}\n")
+    assert message in refused("models", path)
+
+
 def test_a_family_without_its_package_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(entry: Any) -> int:
-        raise scanlm.ScanLMError("needs a package")
+        raise scanlm.ScanLMError("needs a package") from ModuleNotFoundError()
 
     monkeypatch.setattr(baselines, "count_parameters", missing)
     rows = json.loads(fine("models", "--json"))
@@ -392,6 +409,8 @@ def test_the_dry_run_is_what_is_trained(corpus: Path, tmp_path: Path) -> None:
         (["--set", "config.n_head=5"], "n_head"),
         (["--set", "seq_len=2048"], "seq_len=2048 is longer than the 1024 positions"),
         (["--corpus", "embeded"], "unknown corpus 'embeded'"),
+        (["--set", "config.vocab_size=256"], "'bytes' (257 tokens) and the model has a vocabulary"),
+        (["--set", "config.vocab_size=385"], "set config.vocab_size=257 or take another tokenizer"),
     ],
 )
 def test_wrong_settings_are_one_line(options: list[str], message: str) -> None:
@@ -606,7 +625,7 @@ def test_evaluate_needs_a_target_that_is_there(trained: dict[str, Any], tmp_path
     assert "is no name that is known: give --corpus" in refused("evaluate", run)
     assert "is no run, so nothing says which corpus" in refused("evaluate", tmp_path)
     assert "does not exist" in refused("evaluate", tmp_path / "absent")
-    (tmp_path / "run.json").write_text('{"parameters": {"group": "S5"}}')
+    (tmp_path / "run.json").write_text(json.dumps(RECORD | {"parameters": {"group": "S5"}}))
     assert "was not trained on text" in refused("evaluate", tmp_path)
     (tmp_path / "run.json").write_text("")
     assert "run.json is not JSON" in refused("evaluate", tmp_path)
@@ -615,7 +634,7 @@ def test_evaluate_needs_a_target_that_is_there(trained: dict[str, Any], tmp_path
 def test_the_corpus_of_a_run_is_the_default(tmp_path: Path) -> None:
     from scanlm.cli.comparison import trained_on
 
-    record = {"parameters": {"corpus": "embedded#test=train[:50%]"}}
+    record = RECORD | {"parameters": {"corpus": "embedded#test=train[:50%]"}}
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert trained_on(str(tmp_path)) == record["parameters"]["corpus"]
     assert trained_on(str(tmp_path / "checkpoint-4")) == record["parameters"]["corpus"]
@@ -744,6 +763,8 @@ def test_export_and_figures(trained: dict[str, Any], tmp_path: Path) -> None:
     drawn = fine("figures", "scan_tree", "--results", results, "--out", tmp_path / "figures")
     assert Path(drawn.strip()).read_bytes().startswith(b"\x89PNG")
     assert "Did you mean 'scan_tree'?" in refused("figures", "scan_tre", "--out", tmp_path)
+    said = refused("figures", "comparison", "--results", results, "--out", tmp_path)
+    assert "comparison not drawn: no records in" in said
 
 
 def test_results_that_are_not_there_are_named(tmp_path: Path) -> None:
@@ -759,6 +780,8 @@ def test_export_refuses_what_is_no_finished_run(trained: dict[str, Any], tmp_pat
     record = json.loads((trained["runs"]["gpt2_tiny"] / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
     assert "only finished runs are exported" in refused("export", tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    assert "run.json is no record of a run: run_id must be text" in refused("export", tmp_path)
 
 
 def test_curriculum_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

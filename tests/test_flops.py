@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from scanlm import flops
+from scanlm.errors import ScanLMError
 from scanlm.model import ScanLMConfig, ScanLMForCausalLM
 from scanlm.scan import num_combines, scan_tree
 
@@ -52,6 +53,12 @@ def test_num_combines_is_what_a_scan_calls(n):
     trace = []
     scan_tree(torch.add, torch.zeros(1, n, 1), trace=trace)
     assert num_combines(n) == len(trace)
+
+
+def test_a_negative_number_of_leaves_is_refused():
+    assert num_combines(0) == 0
+    with pytest.raises(ScanLMError, match="n=-1: expected a number of leaves >= 0"):
+        num_combines(-1)
 
 
 def test_an_unknown_family_has_no_count():

@@ -24,6 +24,12 @@ def test_positions_beyond_the_model_are_left_out() -> None:
     assert [row["position"] for row in state_growth(model, [4, 8, 9])] == [4, 8]
 
 
+@pytest.mark.parametrize("position", [0, -1])
+def test_the_state_after_no_tokens_is_refused(position: int) -> None:
+    with pytest.raises(ScanLMError, match=r"positions=\[4, .*\]: expected numbers of tokens >= 1"):
+        sizes(build_model("gpt2_tiny"), [4, position])
+
+
 def test_a_window_stops_growing() -> None:
     model = build_model("window_gpt2_tiny", sliding_window=8)
     assert len(set(sizes(model, [8, 20, 100]))) == 1

@@ -879,24 +879,58 @@ def test_one_chunk_size_is_no_comparison(tmp_path: Path) -> None:
         figures.FIGURES["chunk_sizes"](figures.Records(tmp_path))
 
 
+@pytest.fixture
+def three_figures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of all figures there are: two from records, and one that needs none."""
+    names = ["loss_embedded", "comparison_final", "scan_tree"]
+    monkeypatch.setattr(figures, "FIGURES", {name: figures.FIGURES[name] for name in names})
+    return names
+
+
 def test_figures_without_records_are_skipped_and_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, three_figures: list[str]
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        written = figures.make_figures(tmp_path, tmp_path / "out", ["scan_tree", "loss_embedded"])
+        written = list(figures.make_figures(tmp_path, tmp_path / "out"))
     assert written == [tmp_path / "out" / "scan_tree.png"]
     assert written[0].read_bytes().startswith(b"\x89PNG")
     assert "figure loss_embedded skipped" in caplog.text
 
 
+def test_a_named_figure_without_records_is_an_error_after_the_others(
+    tmp_path: Path, three_figures: list[str]
+) -> None:
+    made = figures.make_figures(tmp_path, tmp_path / "out", three_figures)
+    assert next(made).name == "scan_tree.png"
+    message = "loss_embedded not drawn: no records in .*embedded; make them with .*data/README.md"
+    with pytest.raises(ScanLMError, match=message):
+        next(made)
+
+
+def test_a_damaged_record_stops_no_figure_that_does_without_it(
+    tmp_path: Path, three_figures: list[str]
+) -> None:
+    export_run(tmp_path, model="scanlm")
+    export_run(tmp_path, model="gpt2", model_type="gpt2")
+    (tmp_path / "embedded").mkdir()
+    (tmp_path / "embedded" / "cut_off.json").write_text("{")
+    made = figures.make_figures(tmp_path, tmp_path / "out")
+    assert [next(made).stem for _ in range(2)] == ["comparison_final", "scan_tree"]
+    with pytest.raises(ScanLMError, match=r"loss_embedded not drawn: .*cut_off.json is not JSON"):
+        next(made)
+
+
 def test_a_figure_is_the_same_file_when_made_again(tmp_path: Path) -> None:
-    first = figures.make_figures(out=tmp_path / "a", names=["architecture"])[0].read_bytes()
-    assert figures.make_figures(out=tmp_path / "b", names=["architecture"])[0].read_bytes() == first
+    first, again = (
+        next(figures.make_figures(out=tmp_path / folder, names=["architecture"])).read_bytes()
+        for folder in "ab"
+    )
+    assert again == first
 
 
 def test_unknown_figure_names_the_nearest_and_makes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ScanLMError, match="Did you mean 'scan_tree'"):
-        figures.make_figures(out=tmp_path / "out", names=["architecture", "scantree"])
+        next(figures.make_figures(out=tmp_path / "out", names=["architecture", "scantree"]))
     assert not (tmp_path / "out").exists()
 
 

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,6 +83,72 @@ def test_damage_in_the_middle_is_named(tmp_path: Path) -> None:
     (run.folder / "metrics.jsonl").write_text('{"name"\n{"name": "loss", "value": 1}\n')
     with pytest.raises(ScanLMError, match=r"metrics\.jsonl, line 1"):
         read_metrics(run.folder)
+
+
+def test_a_record_in_two_files_of_a_folder_is_not_another_seed(tmp_path: Path) -> None:
+    run = make(tmp_path / "runs")
+    run.finish({"loss": 1.0})
+    path = export(run.folder, tmp_path / "results")
+    copy = path.with_name("copy.json")
+    copy.write_bytes(path.read_bytes())
+    for read in (read_runs, read_metrics):
+        assert len(read(path, path)) == len(read(path))  # one file twice is one record
+        with pytest.raises(ScanLMError, match=f"{path} and {copy} hold the same run: remove one"):
+            read(path, copy)
+
+
+HUGE = "1" + 400 * "0"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[]", "must hold one JSON object, got list"),
+        (b"{}", "run_id must be text, there is none"),
+        ({"parameters": None}, "parameters must be an object, got None"),
+        ({"seed": "1"}, "seed must be an integer, got '1'"),
+        ({"metrics": 5}, "metrics must be a list, got 5"),
+        ({"metrics": [{"name": "loss"}]}, "metric 1 is no metric, a name and a value: {'name'"),
+        ({"metrics": [{"name": "loss", "value": "x"}]}, "metric 1 is no metric"),
+        ({"metrics": ["loss"]}, "metric 1 is no metric"),
+        ({"summary": {"loss": int(HUGE)}}, "the number 10000000000000000000 is not finite, or too"),
+        ({"summary": {"loss": math.nan}}, "the number NaN is not finite"),
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path: Path, content: Any, message: str) -> None:
+    run = make(tmp_path / "runs")
+    run.finish({"loss": 1.0})
+    path = export(run.folder, tmp_path / "results")
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(path.read_text()) | content).encode()
+    path.write_bytes(content)
+    for read in (read_runs, read_metrics):
+        with pytest.raises(ScanLMError, match=f"{run.run_id}.json.* {message}.*; restore the file"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("run.json", "{}", "run_id must be text"),
+        ("run.json", '{"run_id": "a", "experiment": "b", "model": "c", "seed": 0}', "parameters"),
+        ("run.json", HUGE, "is not finite, or too large"),
+        ("summary.json", f'{{"loss": {HUGE}}}', "is not finite, or too large"),
+        ("metrics.jsonl", f'{{"name": "loss", "value": {HUGE}}}\n', "line 1 is not JSON"),
+        ("metrics.jsonl", "5\n", "line 1 is no metric"),
+    ],
+)
+def test_a_damaged_run_is_not_exported(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    run = make(tmp_path / "runs")
+    run.finish({"loss": 1.0})
+    (run.folder / name).write_text(content)
+    with pytest.raises(ScanLMError, match=f"{name}.* {message}.*; restore the file, or remove"):
+        export(run.folder, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
 
 
 def test_truncate_drops_later_steps(tmp_path: Path) -> None:

@@ -363,6 +363,27 @@ def test_documents_are_updated(tmp_path: Path) -> None:
     assert not update_documents(document, results)
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"run_id": "a", "metrics": []}'])
+def test_a_damaged_record_is_named_and_no_document_written(tmp_path: Path, content: str) -> None:
+    document, results = tmp_path / "README.md", tmp_path / "data" / "results"
+    document.write_text(f"{BEGIN}\nold\n{END}\n")
+    trained(tmp_path, "scanlm_base_c64", 40.0)
+    (results / "enwiki2019" / "cut_off.json").write_text(content)
+    with pytest.raises(ScanLMError, match=r"enwiki2019/cut_off\.json .*; restore the file"):
+        update_documents(document, results)
+    assert "old" in document.read_text()
+    assert not (results / "README.md").exists()
+
+
+def test_records_outside_the_documents_folder_are_linked(tmp_path: Path) -> None:
+    document = tmp_path / "here" / "README.md"
+    document.parent.mkdir()
+    document.write_text(f"{BEGIN}\n{END}\n")
+    training_speed(tmp_path / "elsewhere")
+    update_documents(document, tmp_path / "elsewhere" / "data" / "results")
+    assert "](../elsewhere/data/results/training_speed/scanlm" in document.read_text()
+
+
 def test_a_document_without_markers_is_left_alone(tmp_path: Path) -> None:
     document = tmp_path / "README.md"
     document.write_text("text")

@@ -240,13 +240,18 @@ def test_numbers_that_no_run_has_are_refused(only: str, message: str) -> None:
         choose([stand_in(number) for number in range(1, 6)], only)
 
 
+STATES = "run: state_tracking\nbase: {preset: smoke}\nruns: [{}]\n"
+
+
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
         ("run: train\nruns: [{}]\n", [], "many.yaml, run 1: no 'model'"),
         ("run: trian\nruns: [{}]\n", [], "Did you mean 'train'?"),
-        ("run: state_tracking\nbase: {preset: smoke}\nruns: [{}]\n", ["--jobs", 2], "jobs=2: "),
-        ("run: state_tracking\nbase: {preset: smoke}\nruns: [{}]\n", ["--only", 2], "runs 1 to 1"),
+        (STATES, ["--jobs", 2], "jobs=2: "),
+        (STATES, ["--only", 2], "runs 1 to 1"),
+        (STATES, ["--dry-run", "--save-weights", "bf17"], "'bf17'. Did you mean 'bf16'?"),
+        (STATES, ["--dry-run", "--device", "gpu"], "device 'gpu' cannot be used"),
         ("run: train\nruns: [{}]\n", ["--device", "cpu"], "device='cpu' is for state-tracking"),
         ("run: notebook\nruns: [{}]\n", ["--save-weights", "bf16"], "save-weights='bf16' is for"),
         ("run: train\nruns: [{}]\n", ["--jobs", 0], "Invalid value for '--jobs'"),

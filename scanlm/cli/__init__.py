@@ -317,7 +317,7 @@ app.command()(curriculum)
 @app.command()
 def figures(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME", help="Default: all of them.")
+        list[str] | None, typer.Argument(metavar="NAME", help="Default: all that have records.")
     ] = None,
     results: Annotated[Path, typer.Option(help="Exported records.")] = Path("data/results"),
     out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("figures"),

@@ -82,12 +82,18 @@ def sweep(
 
 
 def _check_options(kind: str, jobs: int, save_weights: str | None, device: str | None) -> None:
-    """Refuse options that runs of another kind have."""
+    """Refuse options that runs of another kind have, and values that the runs would refuse."""
     if kind == "state_tracking":
+        from scanlm.curriculum import check_save_weights
+        from scanlm.devices import usable_device
+
         if jobs > 1:
             raise ScanLMError(
                 f"jobs={jobs}: state-tracking runs go side by side in one process: leave it out"
             )
+        if save_weights is not None:
+            check_save_weights(save_weights)
+        usable_device(device)
         return
     for name, value in (("save-weights", save_weights), ("device", device)):
         if value is not None:

@@ -60,6 +60,9 @@ def model_rows(entries: Iterable[ModelEntry]) -> list[dict[str, Any]]:
         ``id, name, family, parameters`` (``None`` if the family's package is missing, then ``note``
         says which), ``training``, ``differs`` (from the family's default configuration and from
         the default settings; the vocabulary is left out), ``config`` and ``description``.
+
+    Raises:
+        ScanLMError: a model that cannot be built for another reason.
     """
     from scanlm.baselines import config_differences, count_parameters
     from scanlm.errors import ScanLMError
@@ -75,6 +78,8 @@ def model_rows(entries: Iterable[ModelEntry]) -> list[dict[str, Any]]:
         try:
             row["parameters"] = count_parameters(entry)
         except ScanLMError as error:
+            if not isinstance(error.__cause__, ImportError):
+                raise
             row |= {"parameters": None, "note": str(error)}
         rows.append(row)
     return rows

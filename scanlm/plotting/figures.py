@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,12 +29,12 @@ from scanlm.plotting import (
 from scanlm.plotting.architecture import architecture
 from scanlm.plotting.style import family_of, style
 from scanlm.records import of_kind, rows_at
-from scanlm.values import natural_key
 from scanlm.variations import change_text, changes
 
 logger = logging.getLogger(__name__)
 
 SMALL = "enwiki2019_small"  # the study of smaller models with seeds
+HOW_TO_RECORD = "make them with their command in data/README.md, then scanlm export"
 
 
 class NoRecords(Exception):
@@ -53,12 +53,11 @@ class Records:
         Raises:
             NoRecords: there are none.
         """
-        found = (self.folder / experiment).glob("*.json")
-        files = sorted(found, key=lambda path: natural_key(path.name))
-        if not files:
-            raise NoRecords(f"no records in {self.folder / experiment}")
         from scanlm import records
 
+        files = records.exported(self.folder, experiment)
+        if not files:
+            raise NoRecords(f"no records in {self.folder / experiment}")
         return records.read_runs(*files)
 
     def metrics(
@@ -572,20 +571,20 @@ def make_figures(
     results: str | Path = "data/results",
     out: str | Path = "figures",
     names: Iterable[str] | None = None,
-) -> list[Path]:
-    """Make the committed pictures.
+) -> Iterator[Path]:
+    """Make the committed pictures, one after another.
 
     Args:
         results: folder of exported records, ``<experiment>/<run_id>.json``.
         out: folder for the PNG files, made if it is missing.
-        names: which figures; ``None`` makes all. A figure without records is skipped, and a
-            warning names it.
+        names: which figures; ``None`` makes all that have records, and a warning names each other.
 
-    Returns:
-        The files written.
+    Yields:
+        Each file once it is written.
 
     Raises:
-        ScanLMError: an unknown name; no folder of records.
+        ScanLMError: an unknown name; no folder of records. After all others were made: a figure
+            whose records are damaged, or that was named and has none.
     """
     wanted = list(FIGURES) if names is None else list(names)
     for name in wanted:
@@ -596,16 +595,24 @@ def make_figures(
     check_results(results)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    failed: dict[str, list[str]] = {}
     for name in wanted:
         try:
             figure = FIGURES[name](Records(Path(results)))
         except NoRecords as reason:
-            logger.warning("figure %s skipped: %s", name, reason)
+            if names is None:
+                logger.warning("figure %s skipped: %s", name, reason)
+            else:
+                failed.setdefault(f"{reason}; {HOW_TO_RECORD}", []).append(name)
+            continue
+        except ScanLMError as error:
+            failed.setdefault(str(error), []).append(name)
             continue
         path = folder / f"{name}.png"
         with style():
             # without matplotlib's version in it, an unchanged figure stays the same file
             figure.savefig(path, metadata={"Software": None})
-        written.append(path)
-    return written
+        yield path
+    if failed:
+        reasons = (f"{', '.join(of)} not drawn: {reason}" for reason, of in failed.items())
+        raise ScanLMError("; ".join(reasons))

@@ -15,6 +15,7 @@ dropout: there a resumed run sees the same data, but other dropout masks.
 
 from __future__ import annotations
 
+import errno
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -293,10 +294,13 @@ class _Trainee:
 def _read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
-    # a file that was cut short is read as whatever its bytes mean, which may raise anything
+    # a file that was cut short is read as whatever its bytes mean, which may raise anything, also
+    # an OSError: of a seek to before its beginning
     except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise ScanLMError(
             f"{path} is damaged ({reason:.80}): remove it, and training starts again from the "

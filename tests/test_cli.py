@@ -363,6 +363,10 @@ def test_the_dry_run_is_what_is_trained(corpus: Path, tmp_path: Path) -> None:
         (["--steps", "0"], "steps=0: input should be greater than or equal to 1"),
         (["--set", "config.chunk_size=0"], "chunk_size"),
         (["--set", "config.n_head=5"], "n_head"),
+        (
+            ["--set", "dropout=0.2", "--set", "config.resid_pdrop=0"],
+            "dropout=0.2 sets all rates of the model, and config.resid_pdrop=0 is one of them: le",
+        ),
         (["--set", "seq_len=2048"], "seq_len=2048 is longer than the 1024 positions"),
         (["--corpus", "embeded"], "unknown corpus 'embeded'"),
     ],
@@ -746,6 +750,7 @@ def test_curriculum_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_wrong_curricula_are_one_line() -> None:
     assert "seeds='a'" in refused("curriculum", "--seeds", "a")
     assert "seed=4294967296" in refused("curriculum", "--seeds", 2**32)
+    assert "seed=3 by --set: give seeds by --seeds 3" in refused("curriculum", "--set", "seed=3")
     assert "Did you mean 'smoke'?" in refused("curriculum", "--preset", "smok")
     assert "Did you mean 'ema'?" in refused("curriculum", "--set", "emma=0")
     assert "'ema' is no assignment" in refused("curriculum", "--set", "ema")

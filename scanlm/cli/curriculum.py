@@ -39,11 +39,17 @@ def curriculum(
       scanlm curriculum --preset smoke --seeds 0,1 --set ema=0.99
     """
     from scanlm.curriculum_settings import preset_settings
+    from scanlm.values import parse_assignments
 
     words = seeds.replace(",", " ").split()
     if not words or not all(word.isdecimal() for word in words):
         raise ScanLMError(f"seeds={seeds!r}: expected numbers, e.g. 0,1,2")
-    settings = [preset_settings(preset, set_ or (), seed=int(word)) for word in words]
+    changes = parse_assignments(set_ or ())
+    if "seed" in changes:
+        raise ScanLMError(
+            f"seed={changes['seed']} by --set: give seeds by --seeds {changes['seed']}"
+        )
+    settings = [preset_settings(preset, changes, seed=int(word)) for word in words]
     records = side_by_side(
         settings, root=out, device=device, max_seconds=max_seconds, save_weights=save_weights
     )

@@ -343,9 +343,10 @@ def train_many(
         settings: one entry a run.
         root: where records are kept; a run that has a checkpoint there goes on from it.
         device: default: the GPU if there is one.
-        max_seconds: stop after this time: unfinished runs save a checkpoint (weights and optimiser
-            in float32, 12 bytes a parameter) and go on in a later call. An evaluation that has
-            begun is finished.
+        max_seconds: begin nothing after this time, counted from the call. A run looks at it
+            between its records, so up to ``log_every`` steps with their validation are done to the
+            end, and so is an evaluation that has begun. Unfinished runs save a checkpoint (weights
+            and optimiser in float32, 12 bytes a parameter) and go on in a later call.
         max_steps: stop each run at its first record after so many steps of this call.
         save_weights: of finished runs: "fp32", or "bf16" (half the size: enough to evaluate and to
             probe, not to train on).

@@ -22,7 +22,8 @@ def curriculum(
         typer.Option("--set", help="key=value: stages.-1.max_steps=30000; repeatable."),
     ] = None,
     max_seconds: Annotated[
-        float | None, typer.Option(help="Stop and save after this time.")
+        float | None,
+        typer.Option(help="Stop and save after this time; log_every steps begun are done first."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("data/runs"),
     save_weights: Annotated[

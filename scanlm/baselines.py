@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scanlm.errors import ScanLMError, nearest
 from scanlm.settings import TrainingSettings, resolve_settings
-from scanlm.values import read_mapping
+from scanlm.values import is_number, read_mapping
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,17 @@ if TYPE_CHECKING:
 
 REGISTRY = Path(__file__).parent / "registry"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# of the families' configurations, which themselves check few of them: without layers a model would
+# be trained all the same
+SIZES = dict.fromkeys(
+    (
+        *("vocab_size", "n_positions", "n_embd", "n_inner", "n_layer", "n_head", "chunk_size"),
+        *("max_position_embeddings", "hidden_size", "intermediate_size", "hidden_ratio"),
+        *("num_hidden_layers", "num_attention_heads", "num_heads", "num_kv_heads", "num_v_heads"),
+        *("head_dim", "state_size", "n_groups", "expand", "conv_kernel"),
+    ),
+    "an integer >= 1",
+) | dict.fromkeys(("expand_k", "expand_v"), "a number > 0")
 
 # (fields of the configuration, device or None) -> model; torch's default device is set to it
 Build = Callable[[dict[str, Any], "torch.device | None"], "PreTrainedModel"]
@@ -138,7 +149,7 @@ def build_model(
             ) from error
         except torch.OutOfMemoryError:
             raise
-        # of sizes below one, which not every layer checks; such an error names no field
+        # of sizes beyond what torch can hold; such an error names no field
         except (ArithmeticError, LookupError, RuntimeError) as error:
             raise ScanLMError(
                 f"model {entry.id!r} cannot be built of {fields}: {_last_line(error)}"
@@ -224,12 +235,17 @@ def make_config(kind: type[PretrainedConfig], fields: Mapping[str, Any]) -> Any:
     The ids of special tokens that a smaller vocabulary does not hold become ``None``.
 
     Raises:
-        ScanLMError: an unknown field (with the nearest), or a value that the class refuses.
+        ScanLMError: an unknown field (with the nearest), a size that is not positive, or a value
+            that the class refuses.
     """
     from scanlm.config import check_fields
 
     defaults = kind()
     check_fields(defaults, fields, ())
+    for name, expected in SIZES.items():
+        value: Any = fields.get(name)
+        if is_number(value) and value <= 0:
+            raise ScanLMError(f"{name} must be {expected}, got {value!r}")
     fields = dict(fields)
     size = fields.get("vocab_size", defaults.vocab_size)
     for name in TOKEN_IDS:
@@ -306,9 +322,6 @@ def _mamba2(fields: dict[str, Any], device: torch.device | None) -> PreTrainedMo
 
     no_kernel_advice()
     config = make_config(Mamba2Config, fields)
-    for name in ("num_heads", "n_groups", "state_size"):
-        if getattr(config, name) < 1:
-            raise ScanLMError(f"{name} must be an integer >= 1, got {getattr(config, name)!r}")
     if config.num_heads % config.n_groups:
         raise ScanLMError(
             f"num_heads={config.num_heads} is not divisible by n_groups={config.n_groups}: every "

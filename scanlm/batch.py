@@ -4,8 +4,11 @@ A notebook is executed by papermill in the environment that runs this code. Its 
 ``parameters`` holds lines ``name = literal  # comment``; a preset is a YAML file
 ``notebooks/presets/<notebook>/<preset>.yaml`` that maps some of these names to values.
 
-A parameter's comment is also its rule: "at least 3" bounds a number, or each entry of a list; "one
-or more" asks for a list that is not empty; only where it speaks of ``None`` may that be the value.
+A parameter's comment is also its rule: "at least 3" bounds a number, or each entry of a list; "at
+least 3 times chunk_size" and "a multiple of chunk_size" hold it to another parameter, or to a
+number; "one or more" asks for a list that is not empty, "scanlm among them" for one that has this
+entry; a "registry id" of a "scan model" is a model of that family; only where it speaks of ``None``
+may that be the value.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from scanlm.baselines import load_entry
 from scanlm.errors import ScanLMError, nearest
 from scanlm.values import read_mapping
 
@@ -138,12 +142,19 @@ def resolve_parameters(
                     f"{name}={value!r}{source}: expected {_kind(default)}, like the default "
                     f"{default!r} of notebook {stem}"
                 )
-            if not _allowed(value, comment):
-                raise ScanLMError(
-                    f"{name}={value!r}{source}: notebook {stem} expects {comment!r}, like the "
-                    f"default {default!r}"
-                )
-    return values | dict(parameters or {})
+    given = values | dict(parameters or {})
+    chosen = {name: given.get(name, default) for name, (default, _) in known.items()}
+    # all of them, since what is given may not go with another's default
+    for name, (default, comment) in known.items():
+        if not _allowed(chosen[name], comment, chosen, Path(notebook).parent):
+            own = name not in values or name in (parameters or {})
+            source = "" if own else f" (preset {preset})"
+            beside = [f"{other}={chosen[other]!r}" for other in _others(comment, chosen)]
+            raise ScanLMError(
+                f"{name}={chosen[name]!r}{source}: notebook {stem} expects {comment!r}, "
+                + (f"here {', '.join(beside)}" if beside else f"like the default {default!r}")
+            )
+    return given
 
 
 def run_notebook(
@@ -268,23 +279,31 @@ def _literal(source: str) -> Any:
 
 
 def _fits(value: Any, default: Any) -> bool:
-    """Is a value of the default's type, and a list's entries of that of the default's entries?"""
+    """Is a value of the default's type, and are its entries of that of the default's entries?"""
     if default is None:
         return True
     if isinstance(value, bool) or isinstance(default, bool):
         return isinstance(value, bool) and isinstance(default, bool)
     if isinstance(default, float):
         return isinstance(value, int | float)
-    if isinstance(default, list | tuple):
+    if isinstance(default, dict | list | tuple):
         like = _entry(default)
-        return isinstance(value, list | tuple) and all(_fits(entry, like) for entry in value)
+        entries = value.values() if isinstance(value, dict) else value
+        kind = dict if isinstance(default, dict) else (list, tuple)
+        return isinstance(value, kind) and all(_fits(entry, like) for entry in entries)
     return isinstance(value, type(default))
 
 
 def _entry(default: Any) -> Any:
-    """An entry of a list whose entries are of one type; ``None`` of anything else."""
-    alike = isinstance(default, list | tuple) and len({type(entry) for entry in default}) == 1
-    return default[0] if alike else None
+    """An entry of a list whose entries are of one type, or of a mapping to mappings; else ``None``.
+
+    Another mapping is one of fields, which are of any type.
+    """
+    entries = [*default.values()] if isinstance(default, dict) else default
+    alike = isinstance(entries, list | tuple) and len({type(entry) for entry in entries}) == 1
+    if not alike or (isinstance(default, dict) and not isinstance(entries[0], dict)):
+        return None
+    return entries[0]
 
 
 def _kind(default: Any) -> str:
@@ -292,14 +311,54 @@ def _kind(default: Any) -> str:
     return type(default).__name__ + ("" if entry is None else f" of {type(entry).__name__}")
 
 
-def _allowed(value: Any, comment: str) -> bool:
-    """Is a value within what the parameter's comment says?"""
+def _allowed(value: Any, comment: str, chosen: Mapping[str, Any], folder: Path) -> bool:
+    """Is a value within what the parameter's comment says?
+
+    Args:
+        value: of the parameter's type.
+        comment: the rule.
+        chosen: the values of all parameters.
+        folder: the notebook's, from which files are named.
+
+    Raises:
+        ScanLMError: no model of that name, or of that file.
+    """
+    if value is None:
+        return True
     entries = value if isinstance(value, list | tuple) else [value]
     if "one or more" in comment and not entries:
         return False
-    least = re.search(r"at least (\d+)", comment)
+    member = re.search(r"(\w+) among them", comment)
+    if member is not None and member[1] not in entries:
+        return False
+    if "registry id" in comment and "scan model" in comment and not _is_scan_model(value, folder):
+        return False
     numbers = [entry for entry in entries if isinstance(entry, int | float)]
-    return least is None or all(number >= int(least[1]) for number in numbers)
+    for count, word in re.findall(r"at least (\d+)(?: times (\w+))?", comment):
+        if any(number < int(count) * _size(word, chosen) for number in numbers):
+            return False
+    return not any(
+        number % _size(word, chosen)
+        for word in re.findall(r"multiple of (\w+)", comment)
+        for number in numbers
+    )
+
+
+def _size(word: str, chosen: Mapping[str, Any]) -> int:
+    """A number, or the value of a parameter; 1 of any other word, which bounds nothing."""
+    size = int(word) if word.isdecimal() else chosen.get(word)
+    return size if isinstance(size, int) and size > 0 else 1
+
+
+def _others(comment: str, names: Container[str]) -> list[str]:
+    """The other parameters that a comment holds its own to."""
+    found = re.findall(r"(?:multiple of|times) (\w+)", comment)
+    return [name for name in dict.fromkeys(found) if name in names]
+
+
+def _is_scan_model(name: str, folder: Path) -> bool:
+    file = name.endswith((".yaml", ".yml")) or "/" in name
+    return load_entry(folder / Path(name).expanduser() if file else name).family == "scanlm"
 
 
 def last_line(error: object) -> str:

@@ -15,6 +15,7 @@ dropout: there a resumed run sees the same data, but other dropout masks.
 
 from __future__ import annotations
 
+import errno
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -293,10 +294,13 @@ class _Trainee:
 def _read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
-    # a file that was cut short is read as whatever its bytes mean, which may raise anything
+    # a file that was cut short is read as whatever its bytes mean, which may raise anything, also
+    # an OSError: of a seek to before its beginning
     except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise ScanLMError(
             f"{path} is damaged ({reason:.80}): remove it, and training starts again from the "
@@ -351,9 +355,10 @@ def train_many(
         settings: one entry a run.
         root: where records are kept; a run that has a checkpoint there goes on from it.
         device: default: the GPU if there is one.
-        max_seconds: stop after this time: unfinished runs save a checkpoint (weights and optimiser
-            in float32, 12 bytes a parameter) and go on in a later call. An evaluation that has
-            begun is finished.
+        max_seconds: begin nothing after this time, counted from the call. A run looks at it
+            between its records, so up to ``log_every`` steps with their validation are done to the
+            end, and so is an evaluation that has begun. Unfinished runs save a checkpoint (weights
+            and optimiser in float32, 12 bytes a parameter) and go on in a later call.
         max_steps: stop each run at its first record after so many steps of this call.
         save_weights: of finished runs: "fp32", or "bf16" (half the size: enough to evaluate and to
             probe, not to train on).

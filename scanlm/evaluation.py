@@ -8,12 +8,12 @@ results do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scanlm.checkpoints import NAMED_STEPS, Loaded, checkpoints, load_checkpoint
+from scanlm.checkpoints import NAMED_STEPS, Loaded, checkpoints, load_checkpoint, resolve
 from scanlm.data import (
     TokenizedCorpus,
     TokenSplit,
@@ -64,6 +64,8 @@ def evaluate(
     root: str | Path = "data/runs",
     record: bool = True,
     progress: bool = False,
+    report: Callable[[dict[str, Any]], None] | None = None,
+    dry_run: bool = False,
 ) -> list[dict[str, Any]]:
     """Score one or several checkpoints of a model on a split of a corpus.
 
@@ -86,13 +88,16 @@ def evaluate(
         max_tokens: score only the first so many tokens.
         cache_dir: where token files are.
         root, record: write a record under ``root/<corpus>/``.
+        report: gets each row as soon as it is scored.
+        dry_run: raise what is raised before anything is scored, and score and record nothing.
 
     Returns:
         One row a checkpoint: ``model, step, corpus, split, context, seq_len, stride,
         original_positions, loss`` (nats per token), ``perplexity, word_perplexity, bits_per_byte``
         (both ``None`` unless all tokens of the split after the first were scored), ``num_tokens``
         (scored), ``loss_by_position``, ``counts_by_position``, ``positions``, ``target, path`` and
-        ``record`` (the record's folder, or ``None``).
+        ``record`` (the record's folder, or ``None``). Of a dry run one row: ``target`` and what the
+        record's parameters would be.
 
     Raises:
         ScanLMError: a checkpoint that cannot be loaded, a corpus tokenised with another tokenizer,
@@ -126,6 +131,8 @@ def evaluate(
         "original_positions": original_positions,
         **options,
     }
+    if dry_run:
+        return [parameters | {"target": str(target)}]
     seed = int((loaded.run or {}).get("seed") or 0)
     experiment = experiment_name(tokens.name)
     run = _new_record(experiment, loaded.name, parameters, seed, root) if record else None
@@ -153,6 +160,8 @@ def evaluate(
             rows.append(row)
             if run:
                 _log(run, row)
+            if report:
+                report(row)
         if run:
             names = ("step", "split", *_METRICS, "num_tokens")
             run.finish({name: rows[-1][name] for name in names if rows[-1][name] is not None})
@@ -238,6 +247,9 @@ def _steps(target: str | Path, steps: Sequence[int | str] | str | None) -> list[
             )
     if not chosen:
         raise ScanLMError("steps is empty: name at least one, or leave it out for the latest")
+    folder = Path(target).expanduser()
+    for each in chosen if folder.exists() else ():
+        resolve(folder, each)  # which refuses a later one before the first is scored
     return chosen
 
 

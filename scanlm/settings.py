@@ -78,6 +78,12 @@ class TrainingSettings(BaseModel):
             raise ValueError(
                 f"reset_every={self.reset_every} needs carry_state=true: blocks are independent"
             )
+        rate = next((name for name in self.config if str(name).endswith("_pdrop")), None)
+        if self.dropout is not None and rate is not None:
+            raise ValueError(
+                f"dropout={self.dropout} sets all rates of the model, and config.{rate}="
+                f"{self.config[rate]!r} is one of them: leave one of the two out"
+            )
         return self
 
     def __init__(self, **values: Any) -> None:

@@ -21,7 +21,11 @@ from scanlm.errors import ScanLMError
 
 PARAMETERS = (
     "steps = 3  # a comment, at least 1\nlr = 0.5\nname = 'a'\nfast = True\n"
-    "sizes = [1, 2]  # one or more, at least 1\nseed = None\nlimit = 4  # None: no limit"
+    "sizes = [1, 2]  # one or more, at least 1\nseed = None\nlimit = 4  # None: no limit\n"
+    "width = 8  # a multiple of 4, at least 2 times as wide\n"
+    "length = 27  # a multiple of steps, at least 3 times steps\n"
+    "scan = 'scanlm_tiny'  # registry id of a scan model\n"
+    "kinds = ['a', 'b']  # a among them\nothers = {'c': {'d': 1}}\nfields = {'d': 1}"
 )
 BODY = """
 from pathlib import Path
@@ -82,7 +86,12 @@ def test_a_number_of_two_notebooks_is_refused(notebook: Path) -> None:
 
 def test_parameters_and_their_defaults(notebook: Path) -> None:
     expected = {"steps": 3, "lr": 0.5, "name": "a", "fast": True, "sizes": [1, 2], "seed": None}
-    assert notebook_parameters(notebook) == {**expected, "limit": 4}
+    expected |= {"limit": 4, "width": 8, "length": 27, "scan": "scanlm_tiny", "kinds": ["a", "b"]}
+    assert notebook_parameters(notebook) == {
+        **expected,
+        "others": {"c": {"d": 1}},
+        "fields": {"d": 1},
+    }
 
 
 def test_explicit_parameters_win_over_the_preset(notebook: Path) -> None:
@@ -91,6 +100,11 @@ def test_explicit_parameters_win_over_the_preset(notebook: Path) -> None:
     assert resolve_parameters(notebook, None, {"lr": 2}) == {"lr": 2}  # a whole number is a float
     assert resolve_parameters(notebook, None, {"limit": None}) == {"limit": None}
     assert resolve_parameters(notebook, None, {"steps": 1, "sizes": [1]})["sizes"] == [1]
+    for fine in ({"others": {}}, {"others": {"e": {}}}, {"fields": {"d": "x", "e": False}}):
+        assert resolve_parameters(notebook, None, fine) == fine
+    own = notebook.with_name("own.yaml")  # named from the notebook's folder, which it will run in
+    own.write_text("id: own\nfamily: scanlm\n")
+    assert resolve_parameters(notebook, None, {"scan": "own.yaml"}) == {"scan": "own.yaml"}
 
 
 @pytest.mark.parametrize(
@@ -114,6 +128,15 @@ def test_explicit_parameters_win_over_the_preset(notebook: Path) -> None:
         ),
         (None, {"steps": None}, "steps=None: expected int"),
         (None, {"lr": "fast"}, "lr='fast': expected float"),
+        (None, {"width": 6}, "width=6: notebook 07_small expects 'a multiple of 4, .*', like the"),
+        (None, {"length": 10}, "length=10: notebook .* 'a multiple of steps, .*', here steps=3"),
+        (None, {"length": 6}, "length=6: notebook 07_small expects '.*, at least 3 times steps'"),
+        (None, {"steps": 5}, "length=27: notebook 07_small expects .*, here steps=5"),
+        (None, {"scan": "gpt2_tiny"}, "scan='gpt2_tiny': notebook 07_small expects 'registry id"),
+        (None, {"scan": "scanlm_tny"}, r"unknown model 'scanlm_tny'\. Did you mean 'scanlm_tiny'"),
+        (None, {"kinds": ["b"]}, r"kinds=\['b'\]: notebook 07_small expects 'a among them'"),
+        (None, {"others": {"c": 3}}, r"others=\{'c': 3\}: expected dict of dict, like the default"),
+        (None, {"others": []}, r"others=\[\]: expected dict of dict"),
     ],
 )
 def test_wrong_parameters_are_refused_before_anything_runs(

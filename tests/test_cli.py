@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from scanlm.benchmark.inference import InferenceSettings
 from scanlm.benchmark.state_tracking import StateSpeedSettings
 from scanlm.benchmark.training import TrainingSpeedSettings
 from scanlm.cli import app
+from scanlm.errors import ScanLMError
 
 HEAVY = ["torch", "transformers", "matplotlib", "datasets", "papermill", "pandas", "fla"]
 SMALL = ["n_embd=8", "n_head=2", "chunk_size=4", "t2_layers=1", "n_positions=64"]
@@ -407,6 +409,10 @@ def test_the_dry_run_is_what_is_trained(corpus: Path, tmp_path: Path) -> None:
         (["--steps", "0"], "steps=0: input should be greater than or equal to 1"),
         (["--set", "config.chunk_size=0"], "chunk_size"),
         (["--set", "config.n_head=5"], "n_head"),
+        (
+            ["--set", "dropout=0.2", "--set", "config.resid_pdrop=0"],
+            "dropout=0.2 sets all rates of the model, and config.resid_pdrop=0 is one of them: le",
+        ),
         (["--set", "seq_len=2048"], "seq_len=2048 is longer than the 1024 positions"),
         (["--corpus", "embeded"], "unknown corpus 'embeded'"),
         (["--set", "config.vocab_size=256"], "'bytes' (257 tokens) and the model has a vocabulary"),
@@ -572,6 +578,96 @@ def test_evaluate_takes_several_corpora_and_splits(trained: dict[str, Any]) -> N
         for split in ("validation", "test")
     ]  # fmt: skip
     assert "of one split of one corpus: give one" in refused(*arguments, "--compare")
+
+
+def records(trained: dict[str, Any]) -> set[Path]:
+    """Where a record has been written so far."""
+    return {path.parent for path in trained["root"].glob("*/*/run.json")}
+
+
+def test_evaluate_prints_where_its_records_are(trained: dict[str, Any]) -> None:
+    before = records(trained)
+    printed = fine(*evaluate_arguments(trained, *trained["runs"].values()))
+    places = [Path(line[5:]) for line in printed.splitlines() if line.startswith("run: ")]
+    assert len(places) == 2
+    assert set(places) == records(trained) - before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["/nowhere"], "no folder '/nowhere'"),
+        (["--split", "test,tset"], "has no split 'tset'"),
+        (["--corpus", "nowhere"], "unknown corpus 'nowhere'"),
+        (["--steps", "4", "3"], "no checkpoint of step 3"),
+    ],
+)
+def test_all_that_is_to_be_evaluated_is_checked_before_any_of_it_is_scored(
+    trained: dict[str, Any], words: list[str], message: str
+) -> None:
+    before = records(trained)
+    arguments = evaluate_arguments(trained, trained["runs"]["scanlm_tiny"])
+    assert message in refused(*arguments, *words)
+    assert records(trained) == before
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_what_was_scored_before_an_error_is_shown(
+    trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    from scanlm import evaluation
+
+    score, scored = evaluation.evaluate_blocks, []
+
+    def fail_at_the_third(*arguments: Any, **named: Any) -> Any:
+        scored.append(arguments)
+        if len(scored) == 3:
+            raise ScanLMError("the loss is nan at token 3")
+        return score(*arguments, **named)
+
+    monkeypatch.setattr(evaluation, "evaluate_blocks", fail_at_the_third)
+    arguments = evaluate_arguments(trained, *trained["runs"].values())
+    result = scan(*arguments, "--steps", "2", "4", *options)
+    assert (result.exit_code, result.stderr) == (1, "scanlm: the loss is nan at token 3\n")
+    if options:
+        assert [row["step"] for row in json.loads(result.stdout)] == [2, 4]
+    else:
+        assert result.stdout.count(" test ") == 2
+        assert "\nrun: " in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seq_len": 4}, "seq_len is 8 for a, 4 for b: give one for all, e.g. --seq-len 4"),
+        (
+            {"chunk_size": 2},
+            "chunk_size is 4 for a, 2 for b: give one for all, e.g. --chunk",
+        ),
+        ({"tokenizer_hash": "1"}, "a and b have different tokenizers: leave it out"),
+    ],
+)
+def test_losses_that_are_not_comparable_are_not_ranked(
+    changed: dict[str, Any], message: str
+) -> None:
+    from scanlm.cli.comparison import _check_comparable
+
+    row = {"target": "a", "seq_len": 8, "chunk_size": 4, "tokenizer_hash": "0"}
+    _check_comparable([row, row | {"target": "b"}])
+    with pytest.raises(ScanLMError, match=message):
+        _check_comparable([row, row | {"target": "b"} | changed])
+
+
+def test_compare_refuses_runs_of_other_lengths(trained: dict[str, Any], tmp_path: Path) -> None:
+    source = trained["runs"]["gpt2_tiny"]
+    other = Path(shutil.copytree(source, tmp_path / "other"))
+    record = json.loads((source / "run.json").read_text())
+    record["parameters"]["seq_len"] = 4
+    (other / "run.json").write_text(json.dumps(record))
+    before = records(trained)
+    said = refused(*evaluate_arguments(trained, "--compare", source, other))
+    assert f"seq_len is 8 for {source}, 4 for {other}: give one for all, e.g. --seq-len 4" in said
+    assert records(trained) == before
 
 
 def test_compare_sorts_and_draws(trained: dict[str, Any]) -> None:
@@ -803,6 +899,7 @@ def test_curriculum_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_wrong_curricula_are_one_line() -> None:
     assert "seeds='a'" in refused("curriculum", "--seeds", "a")
     assert "seed=4294967296" in refused("curriculum", "--seeds", 2**32)
+    assert "seed=3 by --set: give seeds by --seeds 3" in refused("curriculum", "--set", "seed=3")
     assert "Did you mean 'smoke'?" in refused("curriculum", "--preset", "smok")
     assert "Did you mean 'ema'?" in refused("curriculum", "--set", "emma=0")
     assert "'ema' is no assignment" in refused("curriculum", "--set", "ema")

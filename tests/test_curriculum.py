@@ -612,7 +612,7 @@ def test_a_checkpoint_of_another_curriculum_in_the_folder_is_refused(tmp_path: P
         train_many([other], records=[record], device="cpu")
 
 
-@pytest.mark.parametrize("left", [0, 1, 500, -1], ids=lambda left: f"bytes={left}")
+@pytest.mark.parametrize("left", [0, 1, 500, 5000, 50_000, -1], ids=lambda left: f"bytes={left}")
 def test_a_damaged_checkpoint_is_one_clear_line(tmp_path: Path, left: int) -> None:
     settings = preset_settings("smoke", TINY)
     path = train(settings, root=tmp_path, device="cpu", max_steps=4).folder / "checkpoint.pt"
@@ -620,7 +620,13 @@ def test_a_damaged_checkpoint_is_one_clear_line(tmp_path: Path, left: int) -> No
     with pytest.raises(ScanLMError, match=r"is damaged \(.+\): remove it, and training") as error:
         train(settings, root=tmp_path, device="cpu")
     assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
     path.unlink()
+    path.mkdir()  # what cannot be read is not called damaged
+    with pytest.raises(IsADirectoryError) as refused:
+        train(settings, root=tmp_path, device="cpu")
+    assert refused.value.filename == str(path)
+    path.rmdir()
     assert train(settings, root=tmp_path, device="cpu", max_steps=4).folder == path.parent
 
 

@@ -3,11 +3,13 @@
 import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 
 from scanlm.batch import notebook_parameters, resolve_parameters
+from scanlm.errors import ScanLMError
 from scanlm.values import read_mapping
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
@@ -92,6 +94,51 @@ def test_a_preset_sets_parameters_of_its_notebook(preset: Path) -> None:
     values = read_mapping(preset)
     assert values
     assert resolve_parameters(notebook, preset.stem) == values  # raises on an unknown name or type
+
+
+@pytest.mark.parametrize(
+    ("number", "given", "message"),
+    [
+        ("02", {"model": "gpt2_tiny"}, "model='gpt2_tiny': .* YAML file of a scan model"),
+        ("02", {"chunk_size": 64}, "seq_len=128: .* at least 3 times chunk_size .*chunk_size=64"),
+        ("02", {"seq_len": 56}, "seq_len=56: .* multiple of chunk_size', here chunk_size=16"),
+        ("03", {"scan_model": "gpt2_tiny"}, "scan_model='gpt2_tiny': .* 'registry id of the scan"),
+        (
+            "04",
+            {"baselines": {"gpt2_tiny": 3}},
+            "baselines={'gpt2_tiny': 3}: expected dict of dict",
+        ),
+        ("05", {"models": ["gpt2_dynamic"]}, "models=.*: .*, scanlm among them'"),
+    ],
+)
+def test_parameters_that_a_later_cell_would_fail_on_are_refused(
+    number: str, given: dict[str, Any], message: str
+) -> None:
+    (notebook,) = FOLDER.glob(f"{number}_*.ipynb")
+    with pytest.raises(ScanLMError, match=message):
+        resolve_parameters(notebook, None, given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"eval_lengths": [300]}, "length 300 is beyond n_positions=128"),
+        ({"lengths": [2, 200]}, "length 200 is beyond n_positions=128"),
+        ({"baselines": {"gpt2_tny": {}}}, "unknown model 'gpt2_tny'"),
+    ],
+)
+def test_baselines_that_cannot_be_tested_are_refused_before_anything_is_trained(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], message: str
+) -> None:
+    for setting in ("torch.set_num_threads", "scanlm.plotting.style.use_style"):
+        monkeypatch.setattr(setting, lambda *_: None)  # of the whole process
+    monkeypatch.setattr("transformers.utils.logging.disable_progress_bar", lambda: None)
+    (notebook,) = FOLDER.glob("04_*.ipynb")
+    parameters, setup = [c.source for c in read(notebook).cells if c.cell_type == "code"][:2]
+    names: dict[str, Any] = {}
+    exec(parameters, names)
+    with pytest.raises(ScanLMError, match=message):
+        exec(re.sub(r"^%.*$", "", setup, flags=re.MULTILINE), names | given)
 
 
 def test_it_teaches(path: Path) -> None:

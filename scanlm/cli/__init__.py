@@ -253,30 +253,38 @@ def evaluate(
         check_picture(figure)
     if (compare or figure is not None) and max(len(splits), len(corpus or ())) > 1:
         raise ScanLMError("a comparison and a figure are of one split of one corpus: give one")
-    rows = comparison.evaluate_all(
-        targets,
-        corpus or None,
-        splits,
-        compare,
-        context=context,
-        seq_len=seq_len,
-        stride=stride,
-        steps=steps or None,
-        batch_size=batch_size,
-        original_positions=original_positions,
-        chunk_size=chunk_size,
-        device=device,
-        precision=precision,
-        config=config,
-        tokenizer=tokenizer,
-        max_tokens=max_tokens,
-        cache_dir=cache_dir,
-        root=root,
-    )
-    if as_json:
-        tables.show_json(rows)
-    else:
-        tables.show(tables.evaluation_table(rows, compare))
+    rows: list[dict[str, Any]] = []
+    try:
+        comparison.evaluate_all(
+            targets,
+            corpus or None,
+            splits,
+            compare,
+            rows.append,
+            context=context,
+            seq_len=seq_len,
+            stride=stride,
+            steps=steps or None,
+            batch_size=batch_size,
+            original_positions=original_positions,
+            chunk_size=chunk_size,
+            device=device,
+            precision=precision,
+            config=config,
+            tokenizer=tokenizer,
+            max_tokens=max_tokens,
+            cache_dir=cache_dir,
+            root=root,
+        )
+    finally:  # what was scored before an error is shown, too
+        if compare:
+            rows.sort(key=lambda row: row["loss"])
+        if rows and as_json:
+            tables.show_json(rows)
+        elif rows:
+            tables.show(tables.evaluation_table(rows, compare))
+            for folder in dict.fromkeys(row["record"] for row in rows):
+                typer.echo(f"run: {folder}")
     if compare and figure is None:
         figure = comparison.default_figure(rows, root)
     if figure is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,32 +21,57 @@ def evaluate_all(
     targets: Sequence[str],
     corpora: Sequence[str] | None,
     splits: Sequence[str],
-    best_first: bool,
+    ranked: bool,
+    report: Callable[[dict[str, Any]], None],
     **options: Any,
-) -> list[dict[str, Any]]:
-    """Rows of ``evaluation.evaluate`` for several targets, read alike.
+) -> None:
+    """``evaluation.evaluate`` of several targets; all are checked before one is scored.
 
     Args:
         targets: as for ``evaluate``.
         corpora: ``None``: the one that the first target's run was trained on.
         splits: of each corpus.
-        best_first: in the order of their losses, else of the targets.
+        ranked: the losses will be compared, so that they have to be comparable.
+        report: gets each row as soon as it is scored.
         options: of ``evaluate``.
 
     Raises:
-        ScanLMError: no corpus is given or known, and whatever ``evaluate`` raises.
+        ScanLMError: no corpus is given or known, ``ranked`` targets are read in different ways, and
+            whatever ``evaluate`` raises.
     """
     from scanlm.evaluation import evaluate
 
-    options["progress"] = sys.stderr.isatty()
-    rows = [
-        row
+    asked = [
+        (target, corpus, split)
         for corpus in corpora or [trained_on(targets[0])]
         for split in splits
         for target in targets
-        for row in evaluate(target, corpus, split, **options)
     ]
-    return sorted(rows, key=lambda row: row["loss"]) if best_first else rows
+    if len(asked) > 1:
+        checked = [row for each in asked for row in evaluate(*each, **options, dry_run=True)]
+        if ranked:
+            _check_comparable(checked)
+    for each in asked:
+        evaluate(*each, **options, report=report, progress=sys.stderr.isatty())
+
+
+def _check_comparable(rows: Rows) -> None:
+    """Refuse to rank losses of different tokens, or after different contexts."""
+    first = rows[0]
+    for row in rows[1:]:
+        if row["tokenizer_hash"] != first["tokenizer_hash"]:
+            raise ScanLMError(
+                f"--compare ranks losses per token, and {first['target']} and {row['target']} have "
+                "different tokenizers: leave it out, and compare bits/byte"
+            )
+        for name in ("seq_len", "chunk_size"):
+            if row[name] != first[name]:
+                option = f"--{name.replace('_', '-')} {min(row[name], first[name])}"
+                raise ScanLMError(
+                    f"--compare ranks models that are read alike, and {name} is {first[name]} for "
+                    f"{first['target']}, {row[name]} for {row['target']}: give one for all, e.g. "
+                    f"{option}"
+                )
 
 
 def trained_on(target: str) -> str:

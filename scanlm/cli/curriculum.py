@@ -22,7 +22,8 @@ def curriculum(
         typer.Option("--set", help="key=value: stages.-1.max_steps=30000; repeatable."),
     ] = None,
     max_seconds: Annotated[
-        float | None, typer.Option(help="Stop and save after this time.")
+        float | None,
+        typer.Option(help="Stop and save after this time; log_every steps begun are done first."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("data/runs"),
     save_weights: Annotated[
@@ -39,11 +40,17 @@ def curriculum(
       scanlm curriculum --preset smoke --seeds 0,1 --set ema=0.99
     """
     from scanlm.curriculum_settings import preset_settings
+    from scanlm.values import parse_assignments
 
     words = seeds.replace(",", " ").split()
     if not words or not all(word.isdecimal() for word in words):
         raise ScanLMError(f"seeds={seeds!r}: expected numbers, e.g. 0,1,2")
-    settings = [preset_settings(preset, set_ or (), seed=int(word)) for word in words]
+    changes = parse_assignments(set_ or ())
+    if "seed" in changes:
+        raise ScanLMError(
+            f"seed={changes['seed']} by --set: give seeds by --seeds {changes['seed']}"
+        )
+    settings = [preset_settings(preset, changes, seed=int(word)) for word in words]
     records = side_by_side(
         settings, root=out, device=device, max_seconds=max_seconds, save_weights=save_weights
     )

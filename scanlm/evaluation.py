@@ -28,6 +28,7 @@ from scanlm.errors import ScanLMError, nearest
 from scanlm.scoring import (
     Evaluation,
     check_context,
+    check_precision,
     context_limit,
     evaluate_blocks,
     evaluate_sliding,
@@ -110,6 +111,7 @@ def evaluate(
         raise ScanLMError(
             f"stride={stride} is for context='sliding', not {context!r}: leave it out"
         )
+    check_precision(precision)
     wanted = _steps(target, steps)
     place = usable_device(device)
     loaded = load_checkpoint(target, wanted[0], place, config=config, cache_dir=cache_dir)

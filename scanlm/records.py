@@ -537,6 +537,11 @@ def _checked(path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
         if not isinstance(record.get(name), kind):
             got = f"got {record[name]!r:.40}" if name in record else "there is none"
             raise _damaged(path, f"is no record of a run: {name} must be {_KINDS[kind]}, {got}")
+        if name in ("run_id", "experiment"):  # as which it would be exported
+            try:
+                check_folder_name(name, record[name])
+            except ScanLMError as error:
+                raise _damaged(path, f"is no record of a run: {error}") from error
     return record
 
 

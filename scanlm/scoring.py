@@ -428,11 +428,20 @@ def _evaluating(
             module.training = training
 
 
+def check_precision(precision: str | None) -> None:
+    """Refuse what is no precision to score in; ``None`` is the weights' own.
+
+    Raises:
+        ScanLMError: names the nearest that there is.
+    """
+    if precision is not None and precision not in PRECISIONS:
+        raise ScanLMError(f"unknown precision {precision!r}.{nearest(precision, PRECISIONS)}")
+
+
 def _autocast(device: torch.device, precision: str | None) -> AbstractContextManager[Any]:
+    check_precision(precision)
     if precision is None:
         return nullcontext()
-    if precision not in PRECISIONS:
-        raise ScanLMError(f"unknown precision {precision!r}.{nearest(precision, PRECISIONS)}")
     dtype = PRECISIONS[precision]
     if dtype == torch.float32:
         return torch.autocast(device.type, enabled=False)

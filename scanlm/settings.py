@@ -16,6 +16,8 @@ from scanlm.records import check_folder_name
 
 # settings that cannot change a result: a run is found again whatever they are
 OPERATIONAL = ("root", "cache_dir", "num_workers", "keep_checkpoints", "tensorboard", "wandb")
+# rates of a model of transformers that a run's one dropout sets
+DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 class TrainingSettings(BaseModel):

@@ -54,13 +54,12 @@ from scanlm.scoring import (
     context_limit,
     evaluate_blocks,
 )
-from scanlm.settings import PRESETS, TrainingSettings, resolve_settings
+from scanlm.settings import DROPOUT_FIELDS, PRESETS, TrainingSettings, resolve_settings
 from scanlm.streams import StreamedBlocks
 from scanlm.trainer import Diverged, ExactTrainer, OrderedBlocks, check_saved, saved_steps
-from scanlm.values import format_value
+from scanlm.values import format_value, is_number
 
 PADDED_VOCABULARY = 128  # a model may round its vocabulary up to such multiples
-DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 def train(
@@ -472,7 +471,7 @@ def _set_dropout(model: Any, rate: float | None) -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = rate
         for name in ("dropout", "attn_pdrop"):  # attention keeps its rate as a number
-            if isinstance(getattr(module, name, None), float):
+            if is_number(getattr(module, name, None)):  # a given 0 is an integer
                 setattr(module, name, rate)
 
 

@@ -269,10 +269,12 @@ def test_a_padded_vocabulary_is_accepted(check, tmp_path):
         ({"steps": "all"}, "holds no checkpoints to choose steps from"),
         ({"steps": "lates"}, "unknown step 'lates': expected a number, or one of all, best"),
         ({"seq_len": 33}, "seq_len=33 is longer than the 32 positions of this gpt2 model"),
+        ({"precision": "bf17"}, "unknown precision 'bf17'. Did you mean 'bf16'?"),
     ],
 )
-def test_bad_input_is_named(options, message, check, tmp_path):
+def test_bad_input_is_named_and_not_recorded(options, message, check, tmp_path):
     with pytest.raises(ScanLMError) as caught:
-        check(saved(gpt2(), tmp_path / "m"), **options)
+        check(saved(gpt2(), tmp_path / "m"), record=True, **options)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists()

@@ -109,6 +109,7 @@ HUGE = "1" + 400 * "0"
         (b"{}", "run_id must be text, there is none"),
         ({"parameters": None}, "parameters must be an object, got None"),
         ({"seed": "1"}, "seed must be an integer, got '1'"),
+        ({"run_id": "../up"}, r"run_id='\.\./up': expected letters"),
         ({"metrics": 5}, "metrics must be a list, got 5"),
         ({"metrics": [{"name": "loss"}]}, "metric 1 is no metric, a name and a value: {'name'"),
         ({"metrics": [{"name": "loss", "value": "x"}]}, "metric 1 is no metric"),

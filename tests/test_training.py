@@ -134,6 +134,17 @@ def test_a_finished_run_is_returned_as_it_is(corpus: TokenizedCorpus, tmp_path: 
     assert list(validation["step"]) == [4, 8, 12]  # each once
 
 
+def test_one_dropout_is_that_of_every_part(corpus: TokenizedCorpus, tmp_path: Path) -> None:
+    model = small_model(resid_pdrop=0.0, embd_pdrop=0.1, attn_pdrop=0)  # also over an integer
+    train(
+        TrainingSettings(**SMALL | {"steps": 1, "dropout": 0.3}, root=str(tmp_path)), model, corpus
+    )
+    rates = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    rates += [m.attn_pdrop for m in model.modules() if hasattr(m, "attn_pdrop")]
+    assert len(rates) > 3
+    assert set(rates) == {0.3}
+
+
 def test_accumulated_parts_are_one_batch(corpus: TokenizedCorpus, tmp_path: Path) -> None:
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     weights = []

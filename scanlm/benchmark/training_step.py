@@ -27,6 +27,7 @@ from scanlm.errors import ScanLMError, nearest
 from scanlm.flops import training_flops
 from scanlm.loss import loss_only
 from scanlm.scoring import context_limit
+from scanlm.settings import DROPOUT_FIELDS
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = {
@@ -34,7 +35,6 @@ MODES = {
     "gpt2": ("default", "flash", "transformers"),
 }
 COMPILED = ("no", "yes", "whole")  # "yes": in the pieces of scanlm.compiling
-DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 @dataclass(frozen=True)

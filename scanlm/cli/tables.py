@@ -87,7 +87,7 @@ def model_rows(entries: Iterable[ModelEntry]) -> list[dict[str, Any]]:
 
 def _one_dropout(fields: dict[str, Any]) -> dict[str, Any]:
     """The rates of GPT-2's three dropouts as one, which sets all, where they are equal."""
-    from scanlm.training import DROPOUT_FIELDS
+    from scanlm.settings import DROPOUT_FIELDS
 
     rates = [fields.get(name) for name in DROPOUT_FIELDS]
     if rates[0] is None or any(rate != rates[0] for rate in rates):

@@ -786,7 +786,7 @@ def export_score(folder: Path, of: str, corpus: str, bits: float, **parameters: 
     """An exported evaluation of a run of ``export_run``."""
     known = {"kind": "evaluation", "target": of, "context": "blocks", "split": "test"}
     record = {
-        "run_id": f"{of}-{corpus}-{len(list(folder.glob('*/*')))}",
+        "run_id": f"{of}-{corpus.replace('#', '-')}-{len(list(folder.glob('*/*')))}",
         "experiment": corpus.partition("#")[0],
         "model": of.partition("-")[0],
         "seed": 0,

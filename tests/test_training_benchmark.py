@@ -329,10 +329,10 @@ def test_bars_are_of_bare_steps_at_the_first_length() -> None:
     assert [label.get_text() for label in ax.get_yticklabels()] == [
         "gpt2_small, as in transformers, not compiled",
         "gpt2_small, not compiled",
-        "scanlm_base_c64",
+        "ScanLM base, chunks of 64",
         "gpt2_small",
-        "scanlm_base_c128",
-        "scanlm_base_c64, compiled whole",
+        "ScanLM base, chunks of 128",
+        "ScanLM base, chunks of 64, compiled whole",
     ]
 
 
@@ -341,14 +341,14 @@ def test_chunk_sizes_of_one_model_are_told_apart() -> None:
     rows["model"] = rows["model"].replace("scanlm_base_c128", "scanlm_base_c64")
     (ax,) = speed.by_model(rows).axes
     labels = [label.get_text() for label in ax.get_yticklabels()]
-    assert {"scanlm_base_c64, chunk 64", "scanlm_base_c64, chunk 128"} <= set(labels)
+    assert {"scanlm_base, chunk 64", "scanlm_base, chunk 128"} <= set(labels)
 
 
 def test_a_sequence_longer_than_the_step_is_no_part_of_the_line() -> None:
     long = speeds().query("model == 'scanlm_base_c64' and compiled == 'yes' and length == 512")
     rows = pd.concat([speeds(), long.assign(length=4096, batch_size=1, value=7e5)])
     (ax,) = speed.by_length(rows).axes
-    (line,) = [line for line in ax.lines if line.get_label() == "scanlm_base_c64"]
+    (line,) = [line for line in ax.lines if line.get_label() == "ScanLM base, chunks of 64"]
     assert list(line.get_xdata()) == [512, 1024]
     (hollow,) = [other for other in ax.lines if list(other.get_xdata()) == [4096]]
     assert list(hollow.get_ydata()) == [7e5]
@@ -366,8 +366,8 @@ def test_what_all_measurements_have_in_common_is_no_variant() -> None:
 def test_lines_over_length_and_chunk_size() -> None:
     (ax,) = speed.by_length(speeds()).axes
     drawn = {str(line.get_label()): list(line.get_ydata()) for line in ax.lines}
-    assert drawn["scanlm_base_c64"] == [3e5, 1.5e5]
-    assert "scanlm_base_c128" not in drawn
+    assert drawn["ScanLM base, chunks of 64"] == [3e5, 1.5e5]
+    assert "ScanLM base, chunks of 128" not in drawn
     (memory,) = speed.by_length(speeds(), "peak_memory_bytes").axes
     found = {max(line.get_ydata(), default=None) for line in memory.lines}
     assert found - {None} == {2e9, 3e9, 4e9, 6e9}  # not of another way to call attention

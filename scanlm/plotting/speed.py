@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from scanlm.errors import ScanLMError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+SIZED = re.compile(r"_c\d+$")  # the end of an id that names a chunk size
 PLAIN_MODES = ("blelloch", "default")
 MODE_NAMES = {"flash": "flash attention", "transformers": "as in transformers"}
 
@@ -45,6 +47,7 @@ def measured(metrics: pd.DataFrame, part: str = "step") -> pd.DataFrame:
 def _variant(row: pd.Series, compilation: bool) -> str:
     words = [str(row["model"])]
     if row["told_size"] == row["told_size"]:
+        words = [SIZED.sub("", words[0])]  # whose name may tell another
         words.append(f"chunk {row['told_size']:.0f}")
     if row["mode"] not in PLAIN_MODES:
         words.append(MODE_NAMES.get(row["mode"], str(row["mode"])))
@@ -128,7 +131,7 @@ def by_chunk_size(metrics: pd.DataFrame, source: str | None = None) -> Figure:
     rows = measured(metrics)
     first = (rows["length"] == rows["length"].iloc[0]) & (rows["mode"] == "blelloch")
     rows = rows[first & (rows["compiled"] == rows["compiled"].iloc[0])]
-    rows = rows.assign(model=rows["model"].str.replace(r"_c\d+$", "", regex=True))
+    rows = rows.assign(model=rows["model"].str.replace(SIZED, "", regex=True))
     if rows["chunk_size"].nunique() < 2:
         raise ScanLMError("the records have one chunk size only: nothing to draw over it")
     figure = throughput(rows, "chunk_size", source=source, title="Training speed by chunk size")

@@ -251,6 +251,7 @@ def word_batch(
     device: torch.device | str = "cpu",
     stream: str = "train",
     stories: int | None = None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Random words and their running products, made on the device.
 
@@ -263,6 +264,7 @@ def word_batch(
         stream: "train", "validation" or "test": independent sequences of one seed.
         stories: if given, a fixed set of so many words, repeated for epochs in a new order each
             (the original's setting), instead of new words at every step.
+        first: number of the first word of a larger batch, to make that in parts.
 
     Returns:
         ``tokens`` and ``targets``, int64 ``(batch, length)``; ``targets[:, i]`` is the product of
@@ -275,7 +277,7 @@ def word_batch(
     for name, value in (("batch", batch), ("length", length)):
         if value < 1:
             raise ScanLMError(f"{name} must be at least 1, got {value}")
-    rows = torch.arange(batch, device=device)
+    rows = torch.arange(first, first + batch, device=device)
     columns = torch.arange(length, device=device)
     if stories is None:
         counters = (rows * length).unsqueeze(1) + columns + step * (1 << 32)

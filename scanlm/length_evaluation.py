@@ -182,8 +182,8 @@ def evaluate_lengths(
         long_sequences: words for each greater length.
         batch_tokens: tokens a batch.
         precision: "fp32", or "bf16" for autocast.
-        seed: of the test words. Models that are given the same seed, lengths and batch_tokens are
-            compared on equal words.
+        seed: of the test words; the same for every model, so that models are compared on equal
+            words.
         progress: receives a line of text after each pass.
 
     Raises:
@@ -228,13 +228,12 @@ def _one_pass(
     correct = torch.zeros(longest, dtype=torch.int64, device=device)
     whole = torch.zeros(len(lengths), dtype=torch.int64, device=device)
     squares = torch.zeros(len(lengths), dtype=torch.float64, device=device)
-    for step in range(math.ceil(sequences / rows)):
-        # always full batches, so that the words do not depend on where the last one is cut
-        x, y = word_batch(group, rows, longest, seed, step, device, "test")
-        kept = min(rows, sequences - step * rows)
+    for first in range(0, sequences, rows):
+        count = min(rows, sequences - first)
+        x, y = word_batch(group, count, longest, seed, 0, device, "test", first=first)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = word_logits(model, x[:kept])
-        hits = logits.argmax(-1) == y[:kept]
+            logits = word_logits(model, x)
+        hits = logits.argmax(-1) == y
         running = hits.cumsum(1)[:, at]
         correct += hits.sum(0)
         whole += (running == at + 1).sum(0)

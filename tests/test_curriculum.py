@@ -672,6 +672,14 @@ def test_accuracies_at_all_lengths_from_one_pass() -> None:
     assert result.accuracy[6].low < result.accuracy[6].value < result.accuracy[6].high
 
 
+def test_the_words_do_not_depend_on_how_they_are_cut_into_batches() -> None:
+    torch.manual_seed(0)
+    model = ScanLMForCausalLM(ScanLMConfig(vocab_size=6, **PRESETS["smoke"]["config"]))
+    results = [evaluate_lengths(model, "S3", [20], 50, batch_tokens=n) for n in (20 * 50, 20 * 7)]
+    assert results[0].by_position == results[1].by_position
+    assert results[0].accuracy == results[1].accuracy
+
+
 def test_shorter_lengths_equal_their_own_pass_for_a_causal_model() -> None:
     torch.manual_seed(0)
     model = ScanLMForCausalLM(ScanLMConfig(vocab_size=6, **PRESETS["smoke"]["config"]))

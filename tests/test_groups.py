@@ -64,6 +64,8 @@ def test_a_batch_depends_on_seed_stream_and_step_alone() -> None:
     word_batch("S5", 8, 4, seed=3, step=6)
     assert torch.equal(first, word_batch("S5", 64, 16, seed=3, step=7)[0])
     assert torch.equal(first, word_batch("S5", 64, 16, seed=3, step=torch.tensor(7))[0])
+    parts = [word_batch("S5", 16, 16, seed=3, step=7, first=n)[0] for n in (0, 16, 32, 48)]
+    assert torch.equal(first, torch.cat(parts))
     others = [
         word_batch("S5", 64, 16, seed=3, step=8)[0],
         word_batch("S5", 64, 16, seed=4, step=7)[0],

@@ -27,7 +27,7 @@ def compile_model(model: nn.Module, backend: str = "inductor", many_shapes: bool
     """Compile a model in place; its parameters keep their names.
 
     A scan model: the leaves, T2's blocks and its final norm, T1 for any number of pairs, and the
-    loss. Mamba2, GLA and Gated DeltaNet in plain torch: their blocks. Another model: as a whole.
+    loss. Mamba-2, GLA and Gated DeltaNet in plain torch: their blocks. Another model: as a whole.
     Call it before the model is wrapped for several ranks, and evaluate under ``as_compiled``.
 
     Args:
@@ -74,6 +74,6 @@ def _equal_blocks(model: Any, many_shapes: bool) -> nn.ModuleList | None:
         return model.model.layers
     if isinstance(model, GPT2LMHeadModel):
         return model.transformer.h if many_shapes else None
-    # not by its class, which would import Mamba2 for everyone
+    # not by its class, which would import Mamba-2 for everyone
     config = getattr(model, "config", None)
     return model.backbone.layers if getattr(config, "model_type", None) == "mamba2" else None

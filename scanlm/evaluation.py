@@ -275,7 +275,7 @@ def _resolve(
     if context == "sliding" and stride is None:
         stride = max(seq_len // 2, 1)
     if original_positions and chunk_size is None:
-        if loaded.model.config.model_type != "scanlm":  # Mamba2 has chunks of another kind
+        if loaded.model.config.model_type != "scanlm":  # Mamba-2 has chunks of another kind
             raise ScanLMError(
                 f"original_positions skips each chunk's first token, and {loaded.name} "
                 f"({loaded.model.config.model_type}) has no chunks: give chunk_size, that of the "

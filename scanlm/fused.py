@@ -83,7 +83,7 @@ def fused_classes(model_type: str) -> tuple[Any, Any]:
 
 
 def no_kernel_advice() -> None:
-    """Without a GPU, keep transformers from advising to install kernels for one (Mamba2)."""
+    """Without a GPU, keep transformers from advising to install kernels for one (Mamba-2)."""
     if not torch.cuda.is_available():
         logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
 

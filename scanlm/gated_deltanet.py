@@ -31,7 +31,7 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "sigmoid": torch.sigmoid,
 }
-STEP_RANGE = (0.001, 0.1)  # initial softplus(dt_bias), as in Mamba2
+STEP_RANGE = (0.001, 0.1)  # initial softplus(dt_bias), as in Mamba-2
 DECAY_RANGE = (0, 16)  # initial exp(A_log)
 
 
@@ -102,7 +102,7 @@ class GatedDeltaNet(nn.Module):
         self.o_proj = nn.Linear(v_heads * self.v_size, d, bias=False)
 
     def draw_weights(self) -> None:
-        """Initial decays as in Mamba2; the projections are drawn with all others."""
+        """Initial decays as in Mamba-2; the projections are drawn with all others."""
         low, high = (math.log(x) for x in STEP_RANGE)
         step = torch.empty_like(self.dt_bias).uniform_(low, high).exp()
         init.copy_(self.dt_bias, step + (-(-step).expm1()).log())  # softplus' inverse

@@ -1,4 +1,4 @@
-"""Mamba2 from transformers, with a token mixer that trains at a useful speed in plain torch.
+"""Mamba-2 from transformers, with a token mixer that trains at a useful speed in plain torch.
 
 Without the package ``mamba_ssm``, transformers' mixer holds the state after every chunk, even of a
 sequence that is one chunk, and products of all pairs of chunks. Here sequences without a cache go

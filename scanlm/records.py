@@ -359,7 +359,7 @@ def read_metrics(*paths: str | Path) -> pd.DataFrame:
         config = parameters.get("config") or {}
         if "corpus" in parameters:
             identity["corpus"] = parameters["corpus"]
-        # other models have chunks too (Mamba2), but of another kind
+        # other models have chunks too (Mamba-2), but of another kind
         chunked = config.get("model_type", "scanlm") == "scanlm"
         chunk_size = parameters.get("chunk_size", config.get("chunk_size") if chunked else None)
         if chunk_size is not None:

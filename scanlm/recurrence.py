@@ -1,10 +1,10 @@
-"""The recurrences of GLA, Gated DeltaNet and Mamba2, chunk by chunk, in plain torch.
+"""The recurrences of GLA, Gated DeltaNet and Mamba-2, chunk by chunk, in plain torch.
 
 A head's memory is a matrix S of shape (k, v). Per token, with query q, key k, value v:
 
     GLA              S <- diag(exp(g)) S + k v^T                      g: one log decay a key feature
     Gated DeltaNet   S <- exp(g) S,  S <- S + beta k (v - S^T k)^T    g: one log decay a head
-    Mamba2           S <- exp(g) S + k v^T                            g: one log decay a head
+    Mamba-2          S <- exp(g) S + k v^T                            g: one log decay a head
     all              o = S^T q, of the first two over sqrt(k's size)
 
 Token by token this is slow to train. Within a chunk of c tokens all have a matrix form, and only
@@ -74,7 +74,7 @@ def gated_delta_rule(
 def state_space_dual(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None = None
 ) -> Result:
-    """Mamba2's recurrence (Dao and Gu 2024, arXiv 2405.21060, section 6; q and k are its C and B).
+    """Mamba-2's recurrence (Dao and Gu 2024, arXiv 2405.21060, section 6; q and k are its C and B).
 
     Args:
         q, k: ``(b, t, m, k)``, each for h / m heads one after another.

@@ -273,7 +273,7 @@ def check_context(model: nn.Module, length: int, streaming: bool = False) -> Non
         raise ScanLMError(
             f"cannot stream {length} tokens through this {kind} model: its absolute positions end "
             f"at {limit}; use context='sliding', or a model without a limit (scanlm with "
-            'position_embedding="chunk", GLA, Gated DeltaNet, Mamba2)'
+            'position_embedding="chunk", GLA, Gated DeltaNet, Mamba-2)'
         )
     endless = ', or one trained with position_embedding="chunk"' if kind == "scanlm" else ""
     raise ScanLMError(

@@ -1,4 +1,4 @@
-"""The short convolutions of GLA, Gated DeltaNet and Mamba2: every feature with its own few weights.
+"""The short convolutions of GLA, Gated DeltaNet and Mamba-2: a few weights of its own per feature.
 
 As a sum of shifted products instead of a convolution of as many groups as features: of that a GPU
 makes more work than of all of a block's matrix products, and a CPU takes longer for its gradients.

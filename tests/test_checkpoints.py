@@ -48,7 +48,7 @@ def logits(model):
 
 
 def assert_same(loaded, model):
-    """Weights to the bit; logits nearly, since a loaded Mamba2 computes them in another order."""
+    """Weights to the bit; logits nearly, since a loaded Mamba-2 computes them in another order."""
     expected = model.state_dict()
     found = loaded.state_dict()
     assert found.keys() == expected.keys()

@@ -1,5 +1,5 @@
 """GLA and Gated DeltaNet in plain torch: the recurrences, the models, their caches and weights; and
-Mamba2's recurrence."""
+Mamba-2's recurrence."""
 
 from pathlib import Path
 from typing import Any
@@ -340,7 +340,7 @@ def test_shared_heads_are_repeated_heads(ids: Tensor) -> None:
 
 
 def test_initial_weights() -> None:
-    """flash-linear-attention's: normal matrices, decays as in Mamba2, norms of one."""
+    """flash-linear-attention's: normal matrices, decays as in Mamba-2, norms of one."""
     torch.manual_seed(0)
     config = GatedDeltaNetConfig(**{**SHAPE, "hidden_size": 64, "num_heads": 32, "head_dim": 8})
     weights = GatedDeltaNetForCausalLM(config).state_dict()

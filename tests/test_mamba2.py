@@ -1,4 +1,4 @@
-"""Mamba2's mixer in matrix form, against transformers' own."""
+"""Mamba-2's mixer in matrix form, against transformers' own."""
 
 import importlib
 import sys

@@ -30,7 +30,7 @@ from scanlm.decoder import Decoder, captured
 from scanlm.gpt2 import GROWING
 from scanlm.scan import lowest_bit
 
-PIECE = 1024  # tokens of a prompt that Mamba2 reads at once
+PIECE = 1024  # tokens of a prompt that Mamba-2 reads at once
 
 
 @dataclass(frozen=True)
@@ -343,10 +343,10 @@ class StaticCacheGPT2(GPT2):
 
 
 class Recurrent(Subject):
-    """GLA, Gated DeltaNet, Mamba2: a state of constant size.
+    """GLA, Gated DeltaNet, Mamba-2: a state of constant size.
 
     Attributes:
-        piece: tokens of a prompt that are read at once. Mamba2 in plain torch makes tensors of
+        piece: tokens of a prompt that are read at once. Mamba-2 in plain torch makes tensors of
             several hundred times the size of its input; the others read all of it.
     """
 

@@ -357,6 +357,10 @@ class Learner:
 
     def end(self) -> None:
         """Put the final weights into the model, in float32: the averaged ones if there are any."""
+        self._step_graph = self._validation_graph = None
+        self._forget_gradients()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # evaluations cannot use what graphs, also old ones, held
         self.model.float()
         final = self.ema or self.parameters
         with torch.no_grad():

@@ -18,7 +18,7 @@ from __future__ import annotations
 import errno
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -478,8 +478,16 @@ def _evaluate_trained(
             errors.append(error.with_traceback(None))  # which would keep the learner alive
             say(f"{_state(t)}; not evaluated: {error}\nrun: {t.record.folder}")
         else:
-            say(f"{_state(t)}; evaluated\nrun: {t.record.folder}")
+            say(f"{_state(t)}; evaluated, {reach_text(t.record.summary)}\nrun: {t.record.folder}")
     return errors
+
+
+def reach_text(summary: Mapping[str, Any]) -> str:
+    """What a finished run reached, in words: of each precision the ``reach`` of its record."""
+    if not summary["reach"]:
+        return "at no length: the model can read none that was asked for"
+    reached = (f"{length} ({dtype})" for dtype, length in summary["reach"].items())
+    return f"99 % up to length {', '.join(reached)}"
 
 
 def _no_weights(record: Run, save_weights: str) -> str:

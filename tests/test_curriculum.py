@@ -398,7 +398,9 @@ def test_what_becomes_of_each_run_is_said(tmp_path: Path) -> None:
         == f"{run.folder.name}: step 0; saved, the same command goes on\nrun: {run.folder}"
     )
     train(settings, root=tmp_path, device="cpu", progress=said.append)
-    assert said[-1].endswith(f"; evaluated\nrun: {run.folder}")
+    reached = run.summary["reach"]["float32"]
+    ending = f"; evaluated, 99 % up to length {reached} (float32)\nrun: {run.folder}"
+    assert said[-1].endswith(ending)
     train(settings, root=tmp_path, device="cpu", progress=said.append)
     assert said[-1] == f"already finished: {run.folder}"
     options: dict[str, Any] = {"root": tmp_path, "device": "cpu", "save_weights": "bf16"}

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scanlm.curriculum import record_folder
+from scanlm.curriculum import reach_text, record_folder
 from scanlm.curriculum_settings import preset_settings
 from scanlm.curriculum_step import check_model
 from scanlm.records import METRICS_FILE, RUN_FILE, Run, read_metrics
@@ -49,8 +49,7 @@ def _state(folder: Path) -> State:
         return State("new", folder)
     run = Run.open(folder)
     if run.finished:
-        reached = ", ".join(f"{n} ({name})" for name, n in run.summary["reach"].items())
-        return State("finished", folder, note=f"99 % up to length {reached}")
+        return State("finished", folder, note=reach_text(run.summary))
     if run.status in ("failed", "diverged"):
         return State("failed", folder, note=str(run.info.get("message", run.status)))
     metrics = read_metrics(folder) if (folder / METRICS_FILE).is_file() else None

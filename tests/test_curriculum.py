@@ -718,6 +718,7 @@ def test_beyond_the_positions_is_refused_and_recorded(tmp_path: Path) -> None:
     record = train(preset_settings("smoke", changes), root=tmp_path, device="cpu")
     summary = json.loads((record.folder / "summary.json").read_text())
     assert summary["not_possible"] == {"8": "beyond the 6 positions of the model"}
+    assert curriculum.reach_text({"reach": {}}).startswith("at no length")
 
 
 @pytest.mark.parametrize(

@@ -203,10 +203,11 @@ def by_depth(
     codes = leaf_codes(model).float() if c == 1 else None
     rows = max(batch_tokens // length, 1)
     sums: dict[str, Tensor] = {}
-    for step, first in enumerate(range(0, words, rows)):
-        tokens, targets = word_batch(group, rows, length, WORDS_SEED, step, device, "test")
-        kept = min(rows, words - first)
-        tokens, targets = tokens[:kept], targets[:kept]
+    for first in range(0, words, rows):
+        count = min(rows, words - first)
+        tokens, targets = word_batch(
+            group, count, length, WORDS_SEED, 0, device, "test", first=first
+        )
         states, products = prefix_states(model, group, tokens)
         wrong = word_logits(model, tokens).argmax(-1) != targets
         m = states.shape[1]

@@ -23,7 +23,6 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
-from scanlm.baselines import load_entry
 from scanlm.errors import ScanLMError, nearest
 from scanlm.values import read_mapping
 
@@ -357,6 +356,8 @@ def _others(comment: str, names: Container[str]) -> list[str]:
 
 
 def _is_scan_model(name: str, folder: Path) -> bool:
+    from scanlm.baselines import load_entry  # not above: every command loads this module
+
     file = name.endswith((".yaml", ".yml")) or "/" in name
     return load_entry(folder / Path(name).expanduser() if file else name).family == "scanlm"
 

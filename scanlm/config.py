@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig
 
-from scanlm.errors import ScanLMError, nearest
+from scanlm.errors import ScanLMError, check_name, nearest
+from scanlm.settings import DROPOUT_FIELDS
 from scanlm.values import is_number
 
 TRAIN_MODES = ("blelloch", "sequential", "parallel")
@@ -118,7 +119,7 @@ class ScanLMConfig(PretrainedConfig):
         switches = ("t1_causal", "leaf_norm", "prefix_embedding")
         for name in (*switches, "use_cache", "tie_word_embeddings"):
             self._check_switch(name)
-        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        for name in DROPOUT_FIELDS:
             self._check_number(name, "a probability in [0, 1)", lambda p: 0 <= p < 1)
         self._check_number("layer_norm_epsilon", "a number > 0", lambda x: 0 < x < math.inf)
         self._check_number("initializer_range", "a number >= 0", lambda x: 0 <= x < math.inf)
@@ -135,9 +136,7 @@ class ScanLMConfig(PretrainedConfig):
             ("position_embedding", POSITION_EMBEDDINGS),
             ("activation_function", tuple(ACT2FN)),
         ):
-            value = getattr(self, name)
-            if value not in known:
-                raise ScanLMError(f"unknown {name} {value!r}.{nearest(value, known)}")
+            check_name(name, getattr(self, name), known)
 
     def _check_count(self, name: str, expected: str = "an integer >= 1") -> None:
         value = getattr(self, name)

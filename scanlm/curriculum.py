@@ -35,7 +35,7 @@ from scanlm.curriculum_settings import (
 )
 from scanlm.curriculum_step import Learner, check_model
 from scanlm.devices import usable_device
-from scanlm.errors import ScanLMError, nearest
+from scanlm.errors import ScanLMError, check_name
 from scanlm.interrupts import held_interrupts
 from scanlm.length_evaluation import (
     PRECISIONS,
@@ -326,18 +326,6 @@ def check_same_training(
             )
 
 
-def check_save_weights(save_weights: str) -> None:
-    """Refuse what is no way to keep weights.
-
-    Raises:
-        ScanLMError: it is not known.
-    """
-    if save_weights not in SAVE_WEIGHTS:
-        raise ScanLMError(
-            f"unknown save_weights {save_weights!r}.{nearest(save_weights, SAVE_WEIGHTS)}"
-        )
-
-
 def train_many(
     settings: Sequence[StateTrackingSettings],
     root: str | Path = "data/runs",
@@ -381,7 +369,7 @@ def train_many(
     for entry in settings:
         entry.check()
         check_model(entry)
-    check_save_weights(save_weights)
+    check_name("save_weights", save_weights, SAVE_WEIGHTS)
     check_duration("max_seconds", max_seconds)
     start = time.perf_counter()
     chosen = usable_device(device)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from scanlm.errors import ScanLMError, nearest
+from scanlm.errors import ScanLMError, check_name, nearest
 from scanlm.groups import get_group
 from scanlm.length_evaluation import LENGTHS, check_counts
 from scanlm.values import parse_assignments
@@ -287,8 +287,7 @@ def preset_settings(
     Raises:
         ScanLMError: unknown preset or setting, a value out of range.
     """
-    if preset not in PRESETS:
-        raise ScanLMError(f"unknown preset {preset!r}.{nearest(preset, PRESETS)}")
+    check_name("preset", preset, PRESETS)
     changes = overrides if isinstance(overrides, Mapping) else parse_assignments(overrides)
     plain = deepcopy(PRESETS[preset]) | values
     if changes.get("model", plain.get("model", "scan")) != "scan" and "config" not in values:

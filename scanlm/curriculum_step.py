@@ -28,6 +28,7 @@ from scanlm import baselines
 from scanlm.baselines import ModelEntry, load_entry
 from scanlm.compiling import as_compiled, compile_model
 from scanlm.curriculum_settings import Stage, StateTrackingSettings
+from scanlm.dropout import set_dropout
 from scanlm.groups import get_group, word_batch
 from scanlm.length_evaluation import check_lengths, word_logits
 
@@ -63,16 +64,6 @@ def check_model(settings: StateTrackingSettings) -> None:
         ScanLMError: as ``build_model``.
     """
     build_model(settings, "meta")
-
-
-def set_dropout(model: nn.Module, p: float, where: str = "all") -> None:
-    """Dropout probability of a whole model, or of its part ``t1`` or ``t2`` (0 elsewhere)."""
-    for name, module in model.named_modules():
-        inside = where == "all" or name.split(".")[0] == where
-        if isinstance(module, nn.Dropout):
-            module.p = p if inside else 0.0
-        if isinstance(getattr(module, "attn_pdrop", None), float | int):  # a given 0 is an int
-            module.attn_pdrop = p if inside else 0.0
 
 
 def learning_rate(stage: Stage, step: Tensor) -> Tensor:

@@ -1,13 +1,28 @@
-"""The one exception for mistakes a user can mend, and the nearest-name hint."""
+"""The one exception for mistakes a user can mend, and the hint at the nearest name."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class ScanLMError(ValueError):
     """A user's mistake; the message is one line: the value, what was expected, how to fix it."""
+
+
+def check_name(what: str, name: object, known: Collection[str]) -> None:
+    """Refuse a name that is not known.
+
+    Args:
+        what: is named, for the message.
+        name: what was given.
+        known: the names there are.
+
+    Raises:
+        ScanLMError: names the nearest, see ``nearest``.
+    """
+    if name not in known:
+        raise ScanLMError(f"unknown {what} {name!r}.{nearest(name, known)}")
 
 
 def nearest(name: object, options: Iterable[str]) -> str:

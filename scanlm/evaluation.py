@@ -24,11 +24,11 @@ from scanlm.data import (
     tokenizer_hash,
 )
 from scanlm.devices import usable_device
-from scanlm.errors import ScanLMError, nearest
+from scanlm.errors import ScanLMError, check_name
 from scanlm.scoring import (
+    PRECISIONS,
     Evaluation,
     check_context,
-    check_precision,
     context_limit,
     evaluate_blocks,
     evaluate_sliding,
@@ -105,13 +105,13 @@ def evaluate(
             a device that is not there, more context than the model has positions for, or a loss
             that is not finite.
     """
-    if context not in CONTEXTS:
-        raise ScanLMError(f"unknown context {context!r}.{nearest(str(context), CONTEXTS)}")
+    check_name("context", context, CONTEXTS)
     if stride is not None and context != "sliding":
         raise ScanLMError(
             f"stride={stride} is for context='sliding', not {context!r}: leave it out"
         )
-    check_precision(precision)
+    if precision is not None:
+        check_name("precision", precision, PRECISIONS)
     wanted = _steps(target, steps)
     place = usable_device(device)
     loaded = load_checkpoint(target, wanted[0], place, config=config, cache_dir=cache_dir)

@@ -29,7 +29,7 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from scanlm.errors import ScanLMError, nearest
+from scanlm.errors import ScanLMError, check_name, nearest
 
 NAMED_GROUPS = ("S5", "S4", "S3", "A5", "Z60", "Z2")
 LARGEST_CYCLIC = 512
@@ -205,8 +205,7 @@ def _mix(z: Tensor) -> Tensor:
 @lru_cache(maxsize=1024)
 def _key(seed: int, stream: str) -> int:
     """Where a stream of a seed starts in the generator's cycle of 2**64."""
-    if stream not in STREAMS:
-        raise ScanLMError(f"unknown stream {stream!r}.{nearest(stream, STREAMS)}")
+    check_name("stream", stream, STREAMS)
     z = _signed(seed * 8 + STREAMS[stream])
     for _ in range(2):  # twice: neighbouring seeds must not be neighbours in the cycle
         z = int(_mix(torch.tensor(_signed(z + _GAMMA))))

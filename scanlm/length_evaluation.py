@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scanlm.errors import ScanLMError, nearest
+from scanlm.errors import ScanLMError, check_name
 from scanlm.groups import Group, get_group, word_batch
 
 LENGTHS = (*range(4, 19), 24, 32, 48, 64, 96, 128, 180, 256, 512, 1024, 4096, 16384)
@@ -191,8 +191,7 @@ def evaluate_lengths(
     """
     group = get_group(group)
     check_lengths(model, lengths)
-    if precision not in PRECISIONS:
-        raise ScanLMError(f"unknown precision {precision!r}.{nearest(precision, PRECISIONS)}")
+    check_name("precision", precision, PRECISIONS)
     if sequences < 1 or long_sequences < 1:
         raise ScanLMError(f"sequences must be at least 1, got {min(sequences, long_sequences)}")
     passes = [sorted(x for x in set(lengths) if x <= SHARED)]

@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scanlm.errors import ScanLMError, nearest
+from scanlm.errors import ScanLMError, check_name
 from scanlm.provenance import command, device_info, git_state, versions
 from scanlm.values import mapping_or_empty, natural_key
 
@@ -223,14 +223,14 @@ class Run:
     def finish(self, summary: Mapping[str, Any], status: str = "finished") -> None:
         """Write the final figures and how the run ended."""
         self._check_open()
-        _check_status(status)
+        check_name("status", status, STATUSES)
         _write(self.folder / SUMMARY_FILE, _dump(plain(summary)))
         self._end(status)
 
     def fail(self, status: str, message: str) -> None:
         """End without a result: "failed", "interrupted" or "diverged", and why."""
         self._check_open()
-        _check_status(status)
+        check_name("status", status, STATUSES)
         self.info["message"] = message
         self._end(status)
 
@@ -674,11 +674,6 @@ def _unused(folder: Path) -> Path:
         number += 1
         candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate
-
-
-def _check_status(status: str) -> None:
-    if status not in STATUSES:
-        raise ScanLMError(f"unknown status {status!r}.{nearest(status, STATUSES)}")
 
 
 def _now() -> str:

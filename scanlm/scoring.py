@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scanlm.errors import ScanLMError, nearest
+from scanlm.errors import ScanLMError, check_name
 
 LOGITS_AT_ONCE = 2**28  # of a batch: a gigabyte of float32, which training makes of them
 LOGITS_PER_SLICE = 2**26  # of these in float32: a quarter of a gigabyte
@@ -428,20 +428,10 @@ def _evaluating(
             module.training = training
 
 
-def check_precision(precision: str | None) -> None:
-    """Refuse what is no precision to score in; ``None`` is the weights' own.
-
-    Raises:
-        ScanLMError: names the nearest that there is.
-    """
-    if precision is not None and precision not in PRECISIONS:
-        raise ScanLMError(f"unknown precision {precision!r}.{nearest(precision, PRECISIONS)}")
-
-
 def _autocast(device: torch.device, precision: str | None) -> AbstractContextManager[Any]:
-    check_precision(precision)
     if precision is None:
         return nullcontext()
+    check_name("precision", precision, PRECISIONS)
     dtype = PRECISIONS[precision]
     if dtype == torch.float32:
         return torch.autocast(device.type, enabled=False)

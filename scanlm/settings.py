@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from scanlm.errors import ScanLMError, nearest
+from scanlm.errors import ScanLMError, check_name, nearest
 from scanlm.records import check_folder_name
 
 # settings that cannot change a result: a run is found again whatever they are
@@ -177,8 +177,8 @@ def resolve_settings(
     from scanlm.baselines import load_entry
 
     entry = load_entry(model)
-    if preset is not None and preset not in PRESETS:
-        raise ScanLMError(f"unknown preset {preset!r}.{nearest(preset, PRESETS)}")
+    if preset is not None:
+        check_name("preset", preset, PRESETS)
     explicit: dict[str, Any] = {}
     config: dict[str, Any] = {}
     fields: Any = {}

@@ -42,6 +42,7 @@ from scanlm.data import (
 )
 from scanlm.data.token_files import default_tokenizer
 from scanlm.data.tokenizers import vocabulary_size
+from scanlm.dropout import set_dropout
 from scanlm.errors import ScanLMError
 from scanlm.flops import training_flops
 from scanlm.interrupts import held_interrupts
@@ -57,7 +58,7 @@ from scanlm.scoring import (
 from scanlm.settings import DROPOUT_FIELDS, PRESETS, TrainingSettings, resolve_settings
 from scanlm.streams import StreamedBlocks
 from scanlm.trainer import Diverged, ExactTrainer, OrderedBlocks, check_saved, saved_steps
-from scanlm.values import format_value, is_number
+from scanlm.values import format_value
 
 PADDED_VOCABULARY = 128  # a model may round its vocabulary up to such multiples
 
@@ -467,12 +468,7 @@ def _set_dropout(model: Any, rate: float | None) -> None:
         )
     for name in fields:
         setattr(model.config, name, rate)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = rate
-        for name in ("dropout", "attn_pdrop"):  # attention keeps its rate as a number
-            if is_number(getattr(module, name, None)):  # a given 0 is an integer
-                setattr(module, name, rate)
+    set_dropout(model, rate)
 
 
 def _ordered(s: TrainingSettings, blocks: Blocks) -> OrderedBlocks | StreamedBlocks:

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scanlm import ScanLMConfig, ScanLMForCausalLM, curriculum, curriculum_step
 from scanlm.curriculum import check_same_training, open_run, preset_settings, train, train_many
 from scanlm.curriculum_settings import PRESETS, Stage
-from scanlm.curriculum_step import Learner, folded_logits, learning_rate, noisy, set_dropout
+from scanlm.curriculum_step import Learner, folded_logits, learning_rate, noisy
+from scanlm.dropout import set_dropout
 from scanlm.errors import ScanLMError
 from scanlm.groups import get_group, running_products, word_batch
 from scanlm.length_evaluation import bin_edges, evaluate_lengths, reach, wilson, word_logits

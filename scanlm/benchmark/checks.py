@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from scanlm.errors import ScanLMError, nearest
-
-
-def check_name(what: str, name: str, known: Iterable[str]) -> None:
-    """Refuse a name that is not known, with the nearest that is."""
-    if name not in known:
-        raise ScanLMError(f"unknown {what} {name!r}.{nearest(name, known)}")
+from scanlm.errors import ScanLMError
 
 
 def check_some(what: str, names: Sequence[str] | None, known: Iterable[str]) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scanlm.benchmark.checks import check_name, check_once, check_positive, check_seed, check_some
+from scanlm.benchmark.checks import check_once, check_positive, check_seed, check_some
 from scanlm.benchmark.failures import is_out_of_memory
 from scanlm.benchmark.kernel_times import kernel_milliseconds, short_name
 from scanlm.benchmark.subjects import SIZES, SUBJECTS, Setting, Subject, no_leftovers
@@ -36,7 +36,7 @@ from scanlm.benchmark.timing import (
     time_steps,
 )
 from scanlm.devices import usable_device
-from scanlm.errors import ScanLMError
+from scanlm.errors import ScanLMError, check_name
 from scanlm.records import Run, read_metrics
 from scanlm.scan import lowest_bit
 from scanlm.values import check_duration, check_picture

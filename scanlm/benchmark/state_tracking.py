@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scanlm.benchmark.checks import check_name, check_once, check_positive, check_some
+from scanlm.benchmark.checks import check_once, check_positive, check_some
 from scanlm.benchmark.timing import synchronize
 from scanlm.curriculum_settings import Stage, StateTrackingSettings, preset_settings
 from scanlm.curriculum_step import EAGER_STEPS, Learner
 from scanlm.devices import usable_device
-from scanlm.errors import ScanLMError
+from scanlm.errors import ScanLMError, check_name
 from scanlm.records import Run, read_metrics
 from scanlm.values import check_duration
 

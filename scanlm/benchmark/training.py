@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from scanlm.baselines import build_model, load_entry
-from scanlm.benchmark.checks import check_name, check_once, check_positive, check_seed, check_some
+from scanlm.benchmark.checks import check_once, check_positive, check_seed, check_some
 from scanlm.benchmark.failures import is_out_of_memory
 from scanlm.benchmark.kernel_times import kernel_milliseconds
 from scanlm.benchmark.subjects import no_leftovers
@@ -43,7 +43,7 @@ from scanlm.benchmark.training_step import (
     modes_of,
 )
 from scanlm.devices import usable_device
-from scanlm.errors import ScanLMError
+from scanlm.errors import ScanLMError, check_name
 from scanlm.records import Run, read_metrics
 from scanlm.values import check_duration
 
@@ -184,10 +184,11 @@ def benchmark_training(
     begun, longest = time.perf_counter(), 0.0
     s = settings.resolved()
     device = s.torch_device()
-    work = list(plan(s))
+    parts = _by_part(s)
+    work = _each_once(parts)
     nothing = [
         f"nothing to measure in part {part!r}: {NEEDS[part]}"
-        for part, items in _by_part(s).items()
+        for part, items in parts.items()
         if not items
     ]
     if not work:
@@ -233,14 +234,13 @@ def measure_peak(device: torch.device, dtype: str) -> float:
     return 2 * size**3 / (float(np.median(times)) / 1e3)
 
 
-def plan(s: TrainingSpeedSettings) -> Iterator[Work]:
+def plan(s: TrainingSpeedSettings) -> list[Work]:
     """What will be measured, the most important first, each once."""
-    seen: set[Work] = set()
-    for items in _by_part(s.resolved()).values():
-        for work in items:
-            if work not in seen:
-                seen.add(work)
-                yield work
+    return _each_once(_by_part(s.resolved()))
+
+
+def _each_once(parts: Mapping[str, Sequence[Work]]) -> list[Work]:
+    return list(dict.fromkeys(work for items in parts.values() for work in items))
 
 
 def _by_part(s: TrainingSpeedSettings) -> dict[str, list[Work]]:

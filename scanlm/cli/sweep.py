@@ -11,7 +11,7 @@ import typer
 
 from scanlm.cli.curriculum import side_by_side
 from scanlm.cli.usage import FAILED, WRONG_USAGE, fail
-from scanlm.errors import ScanLMError
+from scanlm.errors import ScanLMError, check_name
 
 if TYPE_CHECKING:
     from scanlm.sweeps.local import LocalSweep
@@ -84,7 +84,7 @@ def sweep(
 def _check_options(kind: str, jobs: int, save_weights: str | None, device: str | None) -> None:
     """Refuse options that runs of another kind have, and values that the runs would refuse."""
     if kind == "state_tracking":
-        from scanlm.curriculum import check_save_weights
+        from scanlm.curriculum import SAVE_WEIGHTS
         from scanlm.devices import usable_device
 
         if jobs > 1:
@@ -92,7 +92,7 @@ def _check_options(kind: str, jobs: int, save_weights: str | None, device: str |
                 f"jobs={jobs}: state-tracking runs go side by side in one process: leave it out"
             )
         if save_weights is not None:
-            check_save_weights(save_weights)
+            check_name("save_weights", save_weights, SAVE_WEIGHTS)
         usable_device(device)
         return
     for name, value in (("save-weights", save_weights), ("device", device)):

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator, ScalarFormatter
 
-from scanlm.errors import ScanLMError, nearest
+from scanlm.errors import ScanLMError, check_name
 from scanlm.plotting.style import (
     FAINT,
     FAMILIES,
@@ -388,8 +388,7 @@ def position_differences(
     """
     rows = last_rows(loss_rows(metrics, "loss", "position", split))
     table = rows.pivot_table(index="position", columns="model", values="value", sort=False)
-    if reference not in table:
-        raise ScanLMError(f"unknown model {reference!r}.{nearest(reference, table.columns)}")
+    check_name("model", reference, table.columns)
     looks = model_styles(list(table.columns))
     differences = table.sub(table[reference], axis=0).drop(columns=reference)
     smooth = differences.rolling(window, center=True, min_periods=1).mean()

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from scanlm import trees
-from scanlm.errors import ScanLMError, nearest
+from scanlm.errors import ScanLMError, check_name
 from scanlm.plotting import (
     comparison,
     cost,
@@ -559,8 +559,7 @@ def recorded(name: str, results: str | Path = "data/results") -> Figure | str:
     Raises:
         ScanLMError: an unknown name.
     """
-    if name not in FIGURES:
-        raise ScanLMError(f"unknown figure {name!r}.{nearest(name, FIGURES)}")
+    check_name("figure", name, FIGURES)
     try:
         return FIGURES[name](Records(find_results(results)))
     except NoRecords as reason:
@@ -588,8 +587,7 @@ def make_figures(
     """
     wanted = list(FIGURES) if names is None else list(names)
     for name in wanted:
-        if name not in FIGURES:
-            raise ScanLMError(f"unknown figure {name!r}.{nearest(name, FIGURES)}")
+        check_name("figure", name, FIGURES)
     from scanlm.records import check_results
 
     check_results(results)

@@ -18,6 +18,7 @@ from matplotlib.ticker import EngFormatter, LogFormatter, NullFormatter, NullLoc
 from scanlm.errors import ScanLMError, nearest
 from scanlm.plotting.style import (
     FAINT,
+    FAMILIES,
     INK,
     MUTED,
     T1_COLOR,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LABELS = {
-    "scanlm": "scan model",
+    "scanlm": FAMILIES["scanlm"].label,
     "scanlm_plain": "scan model, forward token by token",
     "scanlm_original": "original's loop (another function)",
     "gpt2_best": "GPT-2, the least of several ways",
@@ -43,8 +44,8 @@ LABELS = {
     "gpt2_static": "GPT-2, transformers' StaticCache",
     "gpt2_dynamic": "GPT-2, transformers' DynamicCache",
     "gpt2_math": "GPT-2, math kernel, float32",
-    "gla": "GLA",
-    "gated_deltanet": "Gated DeltaNet",
+    "gla": FAMILIES["gla"].label,
+    "gated_deltanet": FAMILIES["gated_deltanet"].label,
     "mamba2": "Mamba-2, without its kernels",
 }
 PALE = "#9AA1AB"

@@ -85,7 +85,11 @@ def test_variants_of_a_family_share_its_color_and_differ_in_line_style() -> None
     assert {look.color for look in variants} == {FAMILIES["scanlm"].color}
     assert len({look.linestyle for look in variants}) == 3
     assert looks["scan model"].linestyle == "-"
-    assert draw._looks(["Gated DeltaNet, positive eigenvalues"]).popitem()[1].linestyle == "--"
+    signs = [f"Gated DeltaNet, {sign} eigenvalues" for sign in ("positive", "negative")]
+    looks = draw._looks(signs)  # whichever is named first, and without the family's own name
+    assert [looks[name].linestyle for name in signs] == ["--", "-"]
+    assert len({looks[name].marker for name in signs}) == 2
+    assert draw._looks(signs[:1])[signs[0]] == looks[signs[0]]
 
 
 # Words by hand
@@ -139,15 +143,14 @@ def test_depth_of_a_tree_crosses_a_fixed_network() -> None:
 def test_error_by_length_draws_one_precision_and_the_median_of_seeds() -> None:
     figure = draw.error_by_length(METRICS, trained_length=8, chance=5 / 6)
     ax = figure.axes[0]
-    gpt2 = line(ax, "GPT-2 (median of 2 seeds)")
+    gpt2 = line(ax, "GPT-2 (2 seeds)")
     assert list(gpt2.get_xdata()) == LENGTHS
     assert gpt2.get_ydata()[1] == pytest.approx(0.105)
     assert ax.get_xscale() == ax.get_yscale() == "log"
     words = [t.get_text() for t in ax.texts]
-    assert words == ["trained on", "guessing"]
+    assert words == ["trained on", "guessing", "none found"]
     assert ax.get_legend_handles_labels()[1][0].startswith("scan model")
-    note = "hollow: no error found\nthin: each seed"
-    assert ax.get_legend().get_title().get_text() == note
+    assert ax.get_legend().get_title().get_text() == "strong: median, thin: each seed"
     bf16 = draw.error_by_length(METRICS, dtype="bfloat16").axes[0]
     assert line(bf16, "GPT-2").get_ydata()[1] == pytest.approx(0.155)
 
@@ -172,25 +175,33 @@ def test_one_bad_seed_does_not_hide_the_others() -> None:
     seeds = [METRICS[METRICS["run_id"] == "scan0"].assign(run_id=f"s{i}") for i in range(5)]
     seeds[3] = seeds[3].assign(value=0.5)
     ax = draw.error_by_length(pd.concat(seeds)).axes[0]
-    strong = line(ax, "scan model (median of 5 seeds)")
+    strong = line(ax, "scan model (5 seeds)")
     thin = [x for x in ax.lines if x.get_linewidth() == 0.9 and len(x.get_xdata()) == len(LENGTHS)]
     assert strong.get_ydata()[-1] < 0.5
     assert [bool(min(x.get_ydata()) == 0.5) for x in thin].count(True) == 1
     assert len(thin) == 5
 
 
-def test_no_errors_are_drawn_at_the_edge_as_hollow_points() -> None:
+def test_no_errors_are_drawn_in_a_strip_as_hollow_points() -> None:
     ax = draw.error_by_length(METRICS).axes[0]
-    floor = ax.get_ylim()[0]
     hollow = [
         x for x in ax.lines if to_hex(x.get_markerfacecolor()) == "#ffffff" and len(x.get_xdata())
     ]
     rows = {tuple(h.get_xdata()): set(h.get_ydata()) for h in hollow}
-    scan, gpt2 = rows[4, 8, 16], rows[4,]
-    assert list(gpt2) == [pytest.approx(floor)]
-    assert list(scan) == [pytest.approx(floor * draw.APART)]  # a row of its own
-    shown = [t.get_text() for t in ax.get_yticklabels() if t.get_position()[1] <= max(scan)]
+    (scan,), (gpt2,) = rows[4, 8, 16], rows[4,]
+    assert gpt2 == pytest.approx(scan * draw.APART)  # a row of its own, the first series lowest
+    assert ax.get_ylim()[0] < scan
+    shown = [t.get_text() for t in ax.get_yticklabels() if t.get_position()[1] <= gpt2]
     assert not any(shown)
+    label = next(t for t in ax.texts if t.get_text() == "none found")
+    assert scan < label.xy[1] < gpt2
+
+
+def test_without_a_length_free_of_errors_there_is_no_strip() -> None:
+    wrong = METRICS.assign(value=METRICS["value"].clip(upper=0.8))
+    ax = draw.error_by_length(wrong).axes[0]
+    assert not ax.texts
+    assert not ax.patches
 
 
 def test_the_upper_axis_counts_levels_of_the_tree() -> None:
@@ -233,11 +244,13 @@ def test_reach_is_ordered_by_the_median() -> None:
     assert [t.xy[0] for t in ax.texts[:3]] == [1, 20, 512]
 
 
-def test_runs_of_equal_reach_are_all_seen() -> None:
-    reaches = pd.DataFrame({"series": "scan model", "reach": [512, 512, 180]})
+def test_runs_of_almost_equal_reach_are_all_seen() -> None:
+    reaches = pd.DataFrame({"series": "scan model", "reach": [14, 512, 13, 14]})
     ax = draw.reach_points(reaches).axes[0]
-    points = next(x for x in ax.lines if len(x.get_xdata()) == 3)
-    assert len(set(zip(points.get_xdata(), points.get_ydata(), strict=True))) == 3
+    points = next(x for x in ax.lines if len(x.get_xdata()) == 4)
+    assert list(points.get_xdata()) == [13, 14, 14, 512]
+    assert len(set(points.get_ydata()[:3])) == 3
+    assert points.get_ydata()[3] == 0
 
 
 # Training

@@ -6,8 +6,9 @@ Curves take the long frame of ``scanlm.records.read_metrics`` with a column ``se
 
 from __future__ import annotations
 
-from collections import Counter
+import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -23,6 +24,7 @@ from scanlm.plotting.style import (
     FAINT,
     FAMILIES,
     INK,
+    MARKERS,
     MUTED,
     PAPER,
     FamilyStyle,
@@ -40,7 +42,9 @@ if TYPE_CHECKING:
 
 SCAN = FAMILIES["scanlm"].color
 SHADE = "#F1E9DC"  # lengths that were trained on
+STRIP = "#EEF0F3"  # where no error was found
 APART = 1.6  # factor between rows of series without errors, on the axis of errors
+NEAR = 1.2  # factor between two reaches below which their points cover one another
 NARROWEST = 0.04  # share of the steps that a stage needs for a label of its own
 LEVELS = "the stage before known, the rest guessed"
 # five items in a hand of cards, told apart without their colours by their letters
@@ -87,7 +91,7 @@ def _looks(series: Sequence[str]) -> dict[str, FamilyStyle]:
     colors = sequence_colors(len(unknown)) if len(unknown) > len(EXTRA_COLORS) else EXTRA_COLORS
     looks = {}
     # a family's own label has its own line; its variants ("scan model, dropout 0") come after
-    relatives = Counter(name for name in series if name in by_label)
+    taken = {name: {0} for name in series if name in by_label}
     for name in series:
         base = by_label.get(name)
         if base is not None:
@@ -98,11 +102,12 @@ def _looks(series: Sequence[str]) -> dict[str, FamilyStyle]:
         if base is None:
             looks[name] = FamilyStyle(name, colors[unknown.index(name)], "o")
             continue
-        place = relatives[root]
-        if place == 0 and "positive" in name:  # dashed without its counterpart, too
-            place = 1
-        relatives[root] += 1
-        looks[name] = FamilyStyle(name, base.color, base.marker, DASHES[place % len(DASHES)])
+        places = taken.setdefault(root, set())
+        # positive eigenvalues are dashed, before their counterpart and without it, too
+        place = next(i for i in count("positive" in name) if i not in places)
+        places.add(place)
+        marker = base.marker if place == 0 else MARKERS[(place - 1) % len(MARKERS)]
+        looks[name] = FamilyStyle(name, base.color, marker, DASHES[place % len(DASHES)])
     return looks
 
 
@@ -402,10 +407,10 @@ def error_by_length(
 ) -> Figure:
     """Error against length: the headline.
 
-    A share of errors of exactly 0 lies at the lower edge, as a hollow point, each series in a row
-    of its own: the true one is below 3 in the number of words measured. Of several seeds the strong
-    line is the median and thin ones are the seeds; of one, the band is the 95 % interval if it was
-    recorded.
+    A share of errors of exactly 0 lies in a strip at the lower edge, as a hollow point, each series
+    in a row of its own: the true one is below 3 in the number of words measured. Of several seeds
+    the strong line is the median and thin ones are the seeds; of one, the band is the 95 % interval
+    if it was recorded.
 
     Args:
         metrics: with the column ``by``.
@@ -430,6 +435,10 @@ def error_by_length(
     looks = _looks(labels)
     positive = rows.loc[rows["error"] > 0, "error"]
     floor = min(positive.min() / 2, 1e-4) if len(positive) else 1e-4
+    # rows of what has no errors: from the lower edge upwards
+    faultless = [label for label in labels if (rows[rows[by] == label]["error"] == 0).any()]
+    heights = {label: floor / APART**i for i, label in enumerate(reversed(faultless))}
+    lowest = min(heights.values(), default=2 * floor) / APART**0.5
     with style():
         figure = new_figure(9.4, 5.0)
         ax = figure.subplots()
@@ -444,20 +453,20 @@ def error_by_length(
             ax.axvspan(rows["length"].min() * 0.9, reach, color=SHADE, lw=0, zorder=0)
             ax.annotate(
                 "trained on",
-                (reach, 0.86),  # below the line of guesses, above what is learned
-                xycoords=("data", "axes fraction"),
-                xytext=(-5, 0),
+                (0, 0.3),  # below a guess, above what short words are learned to
+                xycoords=("axes fraction", "data"),
+                xytext=(5, 0),
+                va="center",
                 textcoords="offset points",
-                ha="right",
                 fontsize=8.5,
                 color="#8A6D3B",
             )
-        for place, label in enumerate(labels):
+        for label in labels:
             look, part = looks[label], rows[rows[by] == label]
             several = _seeds(part) > 1
             middle = part.groupby("length")["error"].median()
             x, y = middle.index.to_numpy(float), middle.to_numpy()
-            none = floor / APART**place
+            none = heights.get(label, floor)
             ax.plot(
                 x,
                 np.where(y > 0, y, none),
@@ -465,7 +474,7 @@ def error_by_length(
                 ls=look.linestyle,
                 marker=look.marker,
                 ms=4.5,
-                label=f"{label} (median of {_seeds(part)} seeds)" if several else label,
+                label=textwrap.fill(f"{label} ({_seeds(part)} seeds)" if several else label, 26),
             )
             zero = y == 0
             ax.plot(
@@ -478,10 +487,8 @@ def error_by_length(
                 clip_on=False,
                 zorder=4,
             )
-            if zero.any():
-                notes.append("hollow: no error found")
             if several:
-                notes.append("thin: each seed")
+                notes.append("strong: median, thin: each seed")
                 for _, seed in part.sort_values("length").groupby("run_id"):
                     ax.plot(
                         seed["length"],
@@ -519,10 +526,24 @@ def error_by_length(
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_xlim(rows["length"].min() * 0.9, longest * 1.1)
-        ax.set_ylim(floor / APART ** (len(labels) - 1), 2.5)
+        ax.set_ylim(lowest, 2.5)
+        if faultless:
+            ax.axhspan(lowest, floor * APART**0.5, color=STRIP, lw=0, zorder=0.5)
+            ax.annotate(
+                "none found",
+                (0, (floor * min(heights.values())) ** 0.5),
+                xycoords=("axes fraction", "data"),
+                xytext=(-9, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                fontsize=9,
+                color=MUTED,
+            )
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
-        # below the floor there are no shares, only rows of series without errors
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _percent(v) if v > floor else ""))
+        # in the strip there are no shares, and just above it no place for one
+        least = 2 * floor if faultless else 0
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _percent(v) if v > least else ""))
         ax.set(xlabel="length of the word", ylabel="share of errors")
         ax.set_title(title or TITLES.get(name, name))
         depth = ax.secondary_xaxis("top")
@@ -560,8 +581,8 @@ def reach_points(
 ) -> Figure:
     """The greatest length with 99 % of all positions right, one point a run.
 
-    Equal points stand side by side; of several runs the median is marked and written there, of two
-    both values: their median is the reach of neither.
+    Points that would cover one another stand side by side; of several runs the median is marked and
+    written there, of two both values: their median is the reach of neither.
 
     Args:
         reaches: rows with ``series`` and ``reach``.
@@ -578,9 +599,10 @@ def reach_points(
             values = found.clip(lower=1)  # a reach of 0 has no place on a logarithmic axis
             look, middle, several = looks[label], values.median(), len(values) > 1
             ax.plot([1, middle], [row, row], color=look.color, lw=2, alpha=0.35)
-            equal = values.groupby(values)
-            aside = 0.16 * (equal.cumcount() - (equal.transform("size") - 1) / 2)
-            ax.plot(values, row + aside, look.marker, color=look.color, ms=8, alpha=0.75, mew=0)
+            values = values.sort_values()
+            near = values.groupby((values > NEAR * values.shift()).cumsum())
+            aside = 0.16 * (near.cumcount() - (near.transform("size") - 1) / 2)
+            ax.plot(values, row + aside, look.marker, color=look.color, ms=8, mec=PAPER, mew=0.8)
             if several:
                 ax.plot([middle] * 2, [row - 0.24, row + 0.24], color=look.color, lw=1.4)
             ax.annotate(

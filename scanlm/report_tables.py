@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -175,11 +175,25 @@ def _ended_at(stage: Mapping[str, Any]) -> str:
     return percent(stage["worst_position"])
 
 
-def _state_tracking_search(runs: pd.DataFrame) -> Iterable[Row]:
+def _searched(runs: pd.DataFrame, whole: bool) -> pd.DataFrame:
+    """Runs of comparison models that another set of their family surpassed.
+
+    Args:
+        runs: all.
+        whole: those trained to the length of the models that are compared, or shorter ones.
+    """
     from scanlm.plotting.state_records import sort_runs
 
     runs = sort_runs(_of(runs, "s5"))
-    for _, run in runs[runs["role"] == "search"].sort_values(["series", "started"]).iterrows():
+    if runs.empty:
+        return runs
+    compared = runs.loc[runs["role"] != "search", "trained"].min()
+    runs = runs[(runs["role"] == "search") & ((runs["trained"] >= compared) == whole)]
+    return runs.sort_values(["series", "started", "seed"])
+
+
+def _state_tracking_search(runs: pd.DataFrame) -> Iterable[Row]:
+    for _, run in _searched(runs, whole=False).iterrows():
         stages = run["summary"]["stages"]
         yield {
             "model": str(run["series"]),
@@ -189,6 +203,32 @@ def _state_tracking_search(runs: pd.DataFrame) -> Iterable[Row]:
                 for stage in stages
             },
             "M tokens": number(run["summary"]["tokens"] / 1e6, 1),
+            "source": run["source"],
+        }
+
+
+def _rates(stages: Sequence[Mapping[str, Any]]) -> str:
+    """Learning rates of a curriculum: the first, and each other one with where it begins."""
+    texts: list[str] = []
+    before = None
+    for stage in stages:
+        if stage["lr"] != before:
+            where = f" from length {stage['length']} on" if texts else ""
+            texts.append(f"{stage['lr']:g}{where}")
+        before = stage["lr"]
+    return ", ".join(texts)
+
+
+def _state_tracking_rates(runs: pd.DataFrame) -> Iterable[Row]:
+    for _, run in _searched(runs, whole=True).iterrows():
+        stages = run["parameters"]["stages"]
+        yield {
+            "model": str(run["series"]),
+            "seed": str(run["seed"]),
+            "learning rate": _rates(stages),
+            "trained to": str(stages[-1]["length"]),
+            "M tokens": number(run["summary"]["tokens"] / 1e6, 1),
+            "reach": f"{run['reach']:,}",
             "source": run["source"],
         }
 
@@ -350,6 +390,12 @@ TABLES = (
         "steps it took and what the worst position then had. The rate and the first length that "
         "got through on the fewest tokens, or got furthest, are those of the table above.",
         _state_tracking_search,
+    ),
+    Table(
+        "State tracking on S5: whole curricula of comparison models at other rates",
+        "As many tokens as the models that are compared, which are the set of their family with "
+        "the most seeds and then the greatest reach.",
+        _state_tracking_rates,
     ),
     Table(
         "Time for a token",

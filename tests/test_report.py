@@ -19,7 +19,7 @@ from scanlm.report import (
     results_section,
     update_documents,
 )
-from scanlm.report_tables import percent
+from scanlm.report_tables import _rates, percent
 
 ROOT = Path(__file__).parent.parent
 SUMMARIES: dict[str, dict[str, Any]] = {
@@ -210,6 +210,27 @@ def test_a_table_of_the_search(tmp_path: Path, score: dict[str, float], text: st
     title = "State tracking on S5: the search for the comparison models"
     row = cells(section(tmp_path, title))
     assert row[:4] == ["GLA", "0.001", f"2,500 steps, {text}", "10.2"]
+
+
+def test_whole_curricula_that_were_surpassed_have_a_table_of_their_own(tmp_path: Path) -> None:
+    state_tracking(tmp_path, 0, 0.99)  # trained to 16
+    for late, reach in ((1e-3, 8), (2.5e-4, 16)):
+        rates = ((2, 1e-3), (8, late), (16, late))
+        stages = [{"length": n, "lr": lr, "dropout": 0.0} for n, lr in rates]
+        run = Run.create("s5", "gla_170M", {"stages": stages}, 0, root=tmp_path / "runs")
+        run.finish({"stages": [], "tokens": 82_000_000, "reach": {"bfloat16": reach}})
+        export(run.folder, tmp_path / "data" / "results")
+    title = "State tracking on S5: whole curricula of comparison models at other rates"
+    table = section(tmp_path, title)
+    assert cells(table)[:6] == ["GLA", "0", "0.001", "16", "82.0", "8"]
+    assert len([line for line in table.splitlines() if line.startswith("| GLA")]) == 1
+    search = "the search for the comparison models"
+    assert search not in all_tables(tmp_path / "data" / "results")
+
+
+def test_a_table_tells_rates_that_change_within_a_curriculum() -> None:
+    stages = [{"length": n, "lr": lr} for n, lr in ((2, 2e-3), (4, 2e-3), (8, 5e-4), (16, 5e-4))]
+    assert _rates(stages) == "0.002, 0.0005 from length 8 on"
 
 
 @pytest.mark.parametrize(

@@ -60,15 +60,23 @@ def test_the_scan_model_runs_with_five_seeds() -> None:
 
 def test_all_baselines_run_with_three_seeds_on_the_same_tokens() -> None:
     listed = jobs("baselines")
-    kinds = Counter((s.model, s.config.get("allow_neg_eigval")) for s in listed)
+    kinds = Counter(
+        (s.model, s.config.get("allow_neg_eigval"), s.stages[-1].lr / s.stages[0].lr)
+        for s in listed
+    )
     assert kinds == {
-        ("gpt2_small_wikitext103_nodrop", None): 3,
-        ("gla_170M_baseline", None): 3,
-        ("gated_deltanet_170M_baseline", True): 3,
-        ("gated_deltanet_170M_baseline", False): 3,
-        ("mamba2_130M", None): 3,
-        ("window_gpt2_small", None): 3,
+        ("gpt2_small_wikitext103_nodrop", None, 1): 3,
+        ("gla_170M_baseline", None, 1): 3,
+        ("gla_170M_baseline", None, 0.25): 3,
+        ("gated_deltanet_170M_baseline", True, 1): 3,
+        ("gated_deltanet_170M_baseline", True, 0.25): 3,
+        ("gated_deltanet_170M_baseline", False, 1): 3,
+        ("gated_deltanet_170M_baseline", False, 0.25): 3,
+        ("mamba2_130M", None, 1): 3,
+        ("window_gpt2_small", None, 1): 3,
     }
+    assert all(s.stages[-1].lr == s.stages[-2].lr for s in listed)  # both long stages
+    assert len({s.stages[-3].length for s in listed}) == 1
     assert len({tokens(s) for s in listed}) == 1
     assert all(stage.threshold is None for s in listed for stage in s.stages)
 

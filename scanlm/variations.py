@@ -13,8 +13,12 @@ UNTOLD = ("vocab_size", "train_mode", "use_cache", "dropout")
 
 # what readers call a field, where that says more than its name
 WORDS = {
+    "chunk_size": "chunk size",
     "half_residual": "half-precision residual stream",
+    "initializer_range": "initial weights' scale",
     "leaf_norm": "norm on the leaves",
+    "lr": "learning rate",
+    "position_embedding": "position embedding",
     "prefix_embedding": "prefix embedding",
     "t1_causal": "causal T1",
     "t1_layers": "T1 layers",

@@ -253,6 +253,17 @@ def test_runs_of_almost_equal_reach_are_all_seen() -> None:
     assert points.get_ydata()[3] == 0
 
 
+def test_only_families_have_colors_of_their_own_where_rows_are_named() -> None:
+    series = ["scan model", "no dropout", "5,000 steps at 16", "GPT-2, window"]
+    ax = draw.reach_points(pd.DataFrame({"series": series, "reach": [4, 3, 2, 1]})).axes[0]
+    points = [x for x in ax.lines if x.get_marker() != "None"]
+    colors = dict(zip(reversed(series), (x.get_color() for x in points), strict=True))
+    assert colors["scan model"] == FAMILIES["scanlm"].color
+    assert colors["GPT-2, window"] == FAMILIES["window_gpt2"].color
+    assert colors["no dropout"] == colors["5,000 steps at 16"]
+    assert colors["no dropout"] not in {f.color for f in FAMILIES.values()}
+
+
 # Training
 
 
@@ -402,7 +413,10 @@ def test_a_limit_on_steps_is_told_only_if_nothing_else_is_to_tell() -> None:
     [
         ({"stages": stages(10, 50, schedule="cosine")}, "schedule cosine"),
         ({"stages": stages(10, 50, batch_size=32)}, "batch size 32"),
-        ({"stages": [stages(10, 50)[0], {**stages(10, 50)[1], "lr": 3e-4}]}, "lr 0.0003 at 16"),
+        (
+            {"stages": [stages(10, 50)[0], {**stages(10, 50)[1], "lr": 3e-4}]},
+            "learning rate 0.0003 at 16",
+        ),
         ({"betas": [0.9, 0.95], "clip": 2.0}, "betas [0.9, 0.95]; clip 2.0"),
         ({"config": {"prefix_embedding": True}}, "prefix embedding"),
         ({"config": {"t1_layers": 2}, "weight_decay": 0.1}, "weight_decay 0.1; T1 layers 2"),

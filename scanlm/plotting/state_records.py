@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from scanlm.errors import ScanLMError
 from scanlm.plotting.state_tracking import run_label
-from scanlm.variations import change_text
+from scanlm.variations import WORDS, change_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +43,7 @@ def _training(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _stage_text(field: str, values: list[Any], was: list[Any], lengths: list[int]) -> str:
     """What a stage's field is where it is another, and where that is."""
-    what = field.replace("_", " ")
+    what = WORDS.get(field, field.replace("_", " "))
     if field in ("dropout", "state_noise"):
         used = sorted({v for v in values if v})
         where = "all stages" if len(used) == 1 and all(values) else "late"

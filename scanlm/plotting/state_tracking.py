@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 SCAN = FAMILIES["scanlm"].color
 SHADE = "#F1E9DC"  # lengths that were trained on
+OTHER = "#5F7F9B"  # what is no family, where names tell it apart
 STRIP = "#EEF0F3"  # where no error was found
 APART = 1.6  # factor between rows of series without errors, on the axis of errors
 NEAR = 1.2  # factor between two reaches below which their points cover one another
@@ -591,8 +592,12 @@ def reach_points(
     """
     order = reaches.groupby("series")["reach"].median().sort_values().index
     looks = _looks(list(order))
+    families = {look.label for look in FAMILIES.values()}
+    for label in order:  # rows have their names: only families need a colour
+        if label.split(", ")[0] not in families and label not in families:
+            looks[label] = FamilyStyle(label, OTHER, "o")
     with style():
-        figure = new_figure(7.8, 0.55 * len(order) + 1.5)
+        figure = new_figure(7.8, (0.55 if len(order) <= 10 else 0.44) * len(order) + 1.5)
         ax = figure.subplots()
         for row, label in enumerate(order):
             found = reaches.loc[reaches["series"] == label, "reach"]

@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from scanlm.errors import ScanLMError
@@ -187,7 +189,7 @@ def _searched(runs: pd.DataFrame, whole: bool) -> pd.DataFrame:
     runs = sort_runs(_of(runs, "s5"))
     if runs.empty:
         return runs
-    compared = runs.loc[runs["role"] != "search", "trained"].min()
+    compared = runs.loc[runs["role"] == "recipe", "trained"].max()
     runs = runs[(runs["role"] == "search") & ((runs["trained"] >= compared) == whole)]
     return runs.sort_values(["series", "started", "seed"])
 
@@ -197,7 +199,7 @@ def _state_tracking_search(runs: pd.DataFrame) -> Iterable[Row]:
         stages = run["summary"]["stages"]
         yield {
             "model": str(run["series"]),
-            "learning rate": f"{run['parameters']['stages'][0]['lr']:g}",
+            "learning rate": _rates(run["parameters"]["stages"]),
             **{
                 f"length {stage['length']}": f"{stage['steps']:,} steps, {_ended_at(stage)}"
                 for stage in stages
@@ -209,14 +211,9 @@ def _state_tracking_search(runs: pd.DataFrame) -> Iterable[Row]:
 
 def _rates(stages: Sequence[Mapping[str, Any]]) -> str:
     """Learning rates of a curriculum: the first, and each other one with where it begins."""
-    texts: list[str] = []
-    before = None
-    for stage in stages:
-        if stage["lr"] != before:
-            where = f" from length {stage['length']} on" if texts else ""
-            texts.append(f"{stage['lr']:g}{where}")
-        before = stage["lr"]
-    return ", ".join(texts)
+    first, *later = (next(equal) for _, equal in groupby(stages, key=itemgetter("lr")))
+    others = (f"{stage['lr']:g} from length {stage['length']} on" for stage in later)
+    return ", ".join([f"{first['lr']:g}", *others])
 
 
 def _state_tracking_rates(runs: pd.DataFrame) -> Iterable[Row]:

@@ -19,12 +19,10 @@ from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from scanlm.errors import ScanLMError
 from scanlm.plotting.style import (
-    DASHES,
     EXTRA_COLORS,
     FAINT,
     FAMILIES,
     INK,
-    MARKERS,
     MUTED,
     PAPER,
     FamilyStyle,
@@ -84,8 +82,8 @@ def label_series(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     return metrics.assign(series=metrics["run_id"].map(labels))
 
 
-def _looks(series: Sequence[str]) -> dict[str, FamilyStyle]:
-    """A style per label; the scan model's first, families by their colour, others in order."""
+def _looks(series: Sequence[str], other: str | None = None) -> dict[str, FamilyStyle]:
+    """A style per label: families by their colour, what is none in ``other`` or in order."""
     by_label = {f.label: f for f in FAMILIES.values()}
     unknown = [s for s in series if s.split(", ")[0] not in by_label and s not in by_label]
     # settings of one model (chunk sizes, ablations) are not families
@@ -94,21 +92,19 @@ def _looks(series: Sequence[str]) -> dict[str, FamilyStyle]:
     # a family's own label has its own line; its variants ("scan model, dropout 0") come after
     taken = {name: {0} for name in series if name in by_label}
     for name in series:
-        base = by_label.get(name)
-        if base is not None:
-            looks[name] = FamilyStyle(name, base.color, base.marker, base.linestyle)
+        if name in by_label:
+            looks[name] = by_label[name]
             continue
         root = name.split(", ")[0]
         base = by_label.get(root)
         if base is None:
-            looks[name] = FamilyStyle(name, colors[unknown.index(name)], "o")
+            looks[name] = FamilyStyle(name, other or colors[unknown.index(name)], "o")
             continue
         places = taken.setdefault(root, set())
         # positive eigenvalues are dashed, before their counterpart and without it, too
         place = next(i for i in count("positive" in name) if i not in places)
         places.add(place)
-        marker = base.marker if place == 0 else MARKERS[(place - 1) % len(MARKERS)]
-        looks[name] = FamilyStyle(name, base.color, marker, DASHES[place % len(DASHES)])
+        looks[name] = base.member(place, name)
     return looks
 
 
@@ -436,10 +432,11 @@ def error_by_length(
     looks = _looks(labels)
     positive = rows.loc[rows["error"] > 0, "error"]
     floor = min(positive.min() / 2, 1e-4) if len(positive) else 1e-4
-    # rows of what has no errors: from the lower edge upwards
-    faultless = [label for label in labels if (rows[rows[by] == label]["error"] == 0).any()]
-    heights = {label: floor / APART**i for i, label in enumerate(reversed(faultless))}
-    lowest = min(heights.values(), default=2 * floor) / APART**0.5
+    # rows of what has no errors: in a strip at the lower edge, the first series lowest
+    without = set(rows.loc[rows["error"] == 0, by])
+    faultless = [label for label in reversed(labels) if label in without]
+    heights = {label: floor / APART**i for i, label in enumerate(faultless)}
+    top, bottom = floor * APART**0.5, min(heights.values(), default=2 * floor) / APART**0.5
     with style():
         figure = new_figure(9.4, 5.0)
         ax = figure.subplots()
@@ -527,12 +524,12 @@ def error_by_length(
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_xlim(rows["length"].min() * 0.9, longest * 1.1)
-        ax.set_ylim(lowest, 2.5)
+        ax.set_ylim(bottom, 2.5)
         if faultless:
-            ax.axhspan(lowest, floor * APART**0.5, color=STRIP, lw=0, zorder=0.5)
+            ax.axhspan(bottom, top, color=STRIP, lw=0, zorder=0.5)
             ax.annotate(
                 "none found",
-                (0, (floor * min(heights.values())) ** 0.5),
+                (0, (top * bottom) ** 0.5),
                 xycoords=("axes fraction", "data"),
                 xytext=(-9, 0),
                 textcoords="offset points",
@@ -591,11 +588,7 @@ def reach_points(
         source: caption.
     """
     order = reaches.groupby("series")["reach"].median().sort_values().index
-    looks = _looks(list(order))
-    families = {look.label for look in FAMILIES.values()}
-    for label in order:  # rows have their names: only families need a colour
-        if label.split(", ")[0] not in families and label not in families:
-            looks[label] = FamilyStyle(label, OTHER, "o")
+    looks = _looks(list(order), OTHER)  # rows have their names: only families need a colour
     with style():
         figure = new_figure(7.8, (0.55 if len(order) <= 10 else 0.44) * len(order) + 1.5)
         ax = figure.subplots()

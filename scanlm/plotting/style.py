@@ -6,7 +6,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -32,6 +32,12 @@ class FamilyStyle:
     color: str
     marker: str
     linestyle: LineStyle = "-"
+
+    def member(self, place: int, label: str) -> FamilyStyle:
+        """A member's look: the family's own at place 0, else another marker and line."""
+        marker = self.marker if place == 0 else MARKERS[(place - 1) % len(MARKERS)]
+        line = DASHES[(DASHES.index(self.linestyle) + place) % len(DASHES)]
+        return replace(self, label=label, marker=marker, linestyle=line)
 
 
 # Okabe and Ito's colour-blind-safe palette; relatives share a hue and differ in line style
@@ -144,15 +150,11 @@ def model_styles(models: list[str]) -> dict[str, FamilyStyle]:
             color = EXTRA_COLORS[count % len(EXTRA_COLORS)]
             styles[model] = FamilyStyle(model, color, "o")
             continue
-        base = FAMILIES[family]
         count = seen[family] = seen.get(family, -1) + 1
-        line = DASHES[(DASHES.index(base.linestyle) + count) % len(DASHES)]
-        marker = base.marker if count == 0 else MARKERS[(count - 1) % len(MARKERS)]
-        label = display_name(model)
-        color = base.color
+        look = FAMILIES[family].member(count, display_name(model))
         if model in sizes and shades:  # which tell it apart
-            color, line = shades[sizes[model]], "-"
-        styles[model] = FamilyStyle(label, color, marker, line)
+            look = replace(look, color=shades[sizes[model]], linestyle="-")
+        styles[model] = look
     return styles
 
 

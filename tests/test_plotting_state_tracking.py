@@ -244,6 +244,19 @@ def test_reach_is_ordered_by_the_median() -> None:
     assert [t.xy[0] for t in ax.texts[:3]] == [1, 20, 512]
 
 
+def test_changed_recipes_stand_below_the_family_they_change() -> None:
+    rows = [("scan model", reach) for reach in (1024, 4096, 4096)]
+    rows += [("no noise", reach) for reach in (512, 4096, 4096)]
+    rows += [("causal T1", 4096)] * 3 + [("no dropout", 128)] * 3
+    ax = draw.reach_points(pd.DataFrame(rows, columns=["series", "reach"])).axes[0]
+    assert [t.get_text() for t in reversed(ax.get_yticklabels())] == [
+        "scan model",
+        "causal T1",
+        "no noise",
+        "no dropout",
+    ]
+
+
 def test_runs_of_almost_equal_reach_are_all_seen() -> None:
     reaches = pd.DataFrame({"series": "scan model", "reach": [14, 512, 13, 14]})
     ax = draw.reach_points(reaches).axes[0]
@@ -257,7 +270,8 @@ def test_only_families_have_colors_of_their_own_where_rows_are_named() -> None:
     series = ["scan model", "no dropout", "5,000 steps at 16", "GPT-2, window"]
     ax = draw.reach_points(pd.DataFrame({"series": series, "reach": [4, 3, 2, 1]})).axes[0]
     points = [x for x in ax.lines if x.get_marker() != "None"]
-    colors = dict(zip(reversed(series), (x.get_color() for x in points), strict=True))
+    rows = [t.get_text() for t in ax.get_yticklabels()]
+    colors = dict(zip(rows, (x.get_color() for x in points), strict=True))
     assert colors["scan model"] == FAMILIES["scanlm"].color
     assert colors["GPT-2, window"] == FAMILIES["window_gpt2"].color
     assert colors["no dropout"] == colors["5,000 steps at 16"]

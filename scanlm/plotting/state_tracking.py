@@ -579,6 +579,7 @@ def reach_points(
 ) -> Figure:
     """The greatest length with 99 % of all positions right, one point a run.
 
+    Families stand above what is none, the greatest median first, then the greatest least reach.
     Points that would cover one another stand side by side; of several runs the median is marked and
     written there, of two both values: their median is the reach of neither.
 
@@ -587,8 +588,10 @@ def reach_points(
         trained_length: marked as a line.
         source: caption.
     """
-    order = reaches.groupby("series")["reach"].median().sort_values().index
-    looks = _looks(list(order), OTHER)  # rows have their names: only families need a colour
+    ranks = reaches.groupby("series")["reach"].agg(["median", "min"])
+    order = list(ranks.sort_values(["median", "min"]).index)
+    looks = _looks(order, OTHER)  # rows have their names: only families need a colour
+    order.sort(key=lambda label: looks[label].color != OTHER)  # above them, what others change
     with style():
         figure = new_figure(7.8, (0.55 if len(order) <= 10 else 0.44) * len(order) + 1.5)
         ax = figure.subplots()
@@ -630,7 +633,7 @@ def reach_points(
         ax.set_xscale("log", base=2)
         ax.set_xlim(1, max(reaches["reach"].max(), trained_length or 1) * 2)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
-        ax.set_yticks(range(len(order)), list(order))
+        ax.set_yticks(range(len(order)), order)
         ax.set_ylim(-0.6, len(order) - 0.15)
         ax.tick_params(axis="y", length=0)
         ax.grid(False, axis="y")

@@ -179,6 +179,8 @@ def test_the_module_is_the_command() -> None:
         (["evaluate"], "scanlm evaluate: Missing argument"),
         (["run", "01", "-p"], "-p"),
         (["curriculum", "--presett", "smoke"], "; see scanlm curriculum --help"),
+        (["curriculum", "--seeds"], "; see scanlm curriculum --help"),
+        (["benchmark", "training", "--steps"], "; see scanlm benchmark training --help"),
     ],
 )
 def test_wrong_usage_is_one_line(arguments: list[str], message: str) -> None:

@@ -61,8 +61,15 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        with one_line_errors():
-            return super().invoke(ctx)
+        try:
+            with one_line_errors():
+                return super().invoke(ctx)
+        except _UsageError as error:
+            name = ctx.invoked_subcommand
+            command = name and self.get_command(ctx, name)
+            if error.ctx is None and command:  # so of an option that lacks its value
+                error.ctx = typer.Context(command, parent=ctx, info_name=name)
+            raise
 
     def main(  # type: ignore[override]
         self, args: Sequence[str] | None = None, **options: Any

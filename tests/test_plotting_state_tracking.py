@@ -236,8 +236,8 @@ def test_the_heat_map_has_a_row_for_each_run() -> None:
 def test_reach_is_ordered_by_the_median() -> None:
     rows = [("GPT-2", 24), ("GPT-2", 16), ("GLA", 0)]
     rows += [("scan model", reach) for reach in (180, 512, 1024)]
-    reaches = pd.DataFrame(rows, columns=["series", "reach"])
-    ax = draw.reach_points(reaches, trained_length=16).axes[0]
+    reaches = pd.DataFrame(rows, columns=["series", "reach"]).assign(trained=16)
+    ax = draw.reach_points(reaches).axes[0]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["GLA", "GPT-2", "scan model"]
     # one run's value stands beside its point, a median above its own place, not beside a point
     assert [t.get_text() for t in ax.texts] == ["0", "16 and 24", "median 512", "trained on"]
@@ -255,6 +255,13 @@ def test_changed_recipes_stand_below_the_family_they_change() -> None:
         "no noise",
         "no dropout",
     ]
+
+
+def test_each_row_has_the_length_it_was_trained_on() -> None:
+    rows = [("scan model", 1024, 16), ("lengths 2 to 8", 64, 8), ("lengths 2 to 8", 18, 8)]
+    ax = draw.reach_points(pd.DataFrame(rows, columns=["series", "reach", "trained"])).axes[0]
+    marks = [path.vertices for path in ax.collections[0].get_paths()]
+    assert [(mark[0][0], mark[:, 1].mean()) for mark in marks] == [(8, 0), (16, 1)]
 
 
 def test_runs_of_almost_equal_reach_are_all_seen() -> None:

@@ -450,8 +450,9 @@ def _s5(
     return make
 
 
-def _s5_reach(_: Any, trained: float, runs: pd.DataFrame, caption: str) -> Figure:
-    return state_tracking.reach_points(runs, trained, source=caption)
+def _s5_reach(_: Any, __: float, runs: pd.DataFrame, caption: str) -> Figure:
+    trained = [parameters["stages"][-1]["length"] for parameters in runs["parameters"]]
+    return state_tracking.reach_points(runs.assign(trained=trained), source=caption)
 
 
 def _s5_error(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:

@@ -574,9 +574,7 @@ def _percent(value: float, _: object = None) -> str:
     return f"{np.format_float_positional(100 * value, 4, fractional=False, trim='-')} %"
 
 
-def reach_points(
-    reaches: pd.DataFrame, trained_length: float | None = None, source: str | None = None
-) -> Figure:
+def reach_points(reaches: pd.DataFrame, source: str | None = None) -> Figure:
     """The greatest length with 99 % of all positions right, one point a run.
 
     Families stand above what is none, the greatest median first, then the greatest least reach.
@@ -584,8 +582,8 @@ def reach_points(
     written there, of two both values: their median is the reach of neither.
 
     Args:
-        reaches: rows with ``series`` and ``reach``.
-        trained_length: marked as a line.
+        reaches: rows with ``series`` and ``reach``, and perhaps ``trained``: the greatest length a
+            run was trained on, the same in a series; marked in its row.
         source: caption.
     """
     ranks = reaches.groupby("series")["reach"].agg(["median", "min"])
@@ -617,12 +615,19 @@ def reach_points(
                 va="bottom" if several else "center",
                 color=MUTED,
                 fontsize=9,
+                bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.8},
+                zorder=1.5,  # over the dashes, under the points
             )
-        if trained_length is not None:
-            ax.axvline(trained_length, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=0)
+        longest = reaches["reach"].max()
+        if "trained" in reaches:
+            longest = max(longest, reaches["trained"].max())
+            trained = reaches.groupby("series")["trained"].first()[order].to_numpy()
+            rows = np.arange(len(order))
+            dashes = (0, (4, 3))
+            ax.vlines(trained, rows - 0.45, rows + 0.45, color=MUTED, lw=1, ls=dashes, zorder=1)
             ax.annotate(
                 "trained on",
-                (trained_length, 1.0),
+                (trained[-1], 1.0),
                 xycoords=("data", "axes fraction"),
                 xytext=(4, -2),
                 textcoords="offset points",
@@ -631,7 +636,7 @@ def reach_points(
                 color=MUTED,
             )
         ax.set_xscale("log", base=2)
-        ax.set_xlim(1, max(reaches["reach"].max(), trained_length or 1) * 2)
+        ax.set_xlim(1, max(longest, 1) * 2)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
         ax.set_yticks(range(len(order)), order)
         ax.set_ylim(-0.6, len(order) - 0.15)

@@ -84,7 +84,7 @@ class StateTrackingSettings(BaseModel):
     eval_lengths: tuple[int, ...] = LENGTHS
     eval_sequences: int = Field(default=10_000, ge=1)
     eval_long_sequences: int = Field(default=500, ge=1)
-    eval_precisions: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
+    eval_precisions: tuple[Literal["fp32", "bf16"], ...] = Field(("fp32", "bf16"), min_length=1)
     eval_batch_tokens: int = Field(default=2**17, ge=1)
     # length and number of the words whose prefix states are probed (scan model; 0: not)
     eval_probe_length: int = Field(default=512, ge=0)

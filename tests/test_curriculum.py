@@ -103,6 +103,7 @@ def test_overrides_reach_stages_and_config() -> None:
         ("betas=[0.9, 3]", "betas.1=3: Input should be less than 1"),
         ("stories=10", "fewer than the batch"),
         ("eval_lengths=[]", "eval_lengths is empty: name at least one"),
+        ("eval_precisions=[]", r"eval_precisions=\[\]: .* at least 1 item"),
         ("eval_lengths=[0, -3]", "eval_lengths: a length must be at least 1, got -3"),
         ("seed", "expected key=value"),
     ],

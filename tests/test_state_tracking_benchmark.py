@@ -91,6 +91,8 @@ def test_an_interrupted_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
         ),
         ({"lengths": (2, 2)}, "lengths: 2 is given twice"),
         ({"runs": (1, 2, 1)}, "runs: 1 is given twice"),
+        ({"runs": ()}, "runs is empty: name at least one"),
+        ({"lengths": ()}, "lengths is empty: name at least one"),
         ({"ways": ()}, "no ways given: name some of eager, captured, compiled"),
         ({"preset": "smok"}, "unknown preset 'smok'"),
     ],

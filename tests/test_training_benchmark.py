@@ -95,6 +95,7 @@ def test_chunk_sizes_take_the_registry_id_of_their_size(tmp_path: Path) -> None:
         ({"dtype": "float16"}, "dtype='float16' needs a GPU: use float32 or bfloat16"),
         ({"models": ("gpt2_tiny", "gpt2_tiny")}, "models: 'gpt2_tiny' is given twice"),
         ({"seq_lens": (32, 64, 32)}, "seq_lens: 32 is given twice"),
+        ({"seq_lens": ()}, "seq_lens is empty: name at least one"),
         ({"parts": ()}, "no parts given: name some of step, trainer"),
         ({"parts": ("chunks",), "chunk_sizes": None}, "in part 'chunks': give chunk_sizes"),
         ({"parts": ("chunks",), "models": ("gpt2_tiny",)}, "in part 'chunks': .* a scan model"),

@@ -14,6 +14,13 @@ def check_some(what: str, names: Sequence[str] | None, known: Iterable[str]) -> 
         raise ScanLMError(f"no {what} given: name some of {', '.join(known)}")
 
 
+def check_filled(settings: Any, *fields: str) -> None:
+    """Refuse lists of a benchmark's settings, by name, without an entry; ``None`` is no list."""
+    for name in fields:
+        if getattr(settings, name) == ():
+            raise ScanLMError(f"{name} is empty: name at least one, or leave it out")
+
+
 def check_positive(counts: Mapping[str, Iterable[int]]) -> None:
     """Refuse numbers below 1, by what they are."""
     for name, values in counts.items():

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scanlm.benchmark.checks import check_once, check_positive, check_some
+from scanlm.benchmark.checks import check_filled, check_once, check_positive, check_some
 from scanlm.benchmark.timing import synchronize
 from scanlm.curriculum_settings import Stage, StateTrackingSettings, preset_settings
 from scanlm.curriculum_step import EAGER_STEPS, Learner
@@ -63,6 +63,7 @@ class StateSpeedSettings:
         check_duration("seconds", self.seconds)
         check_once(self)
         check_some("ways", self.ways, WAYS)
+        check_filled(self, "lengths", "runs")
         for way in self.ways or ():
             check_name("way", way, WAYS)
         on_gpu = usable_device(self.device).type == "cuda"

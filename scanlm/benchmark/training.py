@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from scanlm.baselines import build_model, load_entry
-from scanlm.benchmark.checks import check_once, check_positive, check_seed, check_some
+from scanlm.benchmark.checks import check_filled, check_once, check_positive, check_seed, check_some
 from scanlm.benchmark.failures import is_out_of_memory
 from scanlm.benchmark.kernel_times import kernel_milliseconds
 from scanlm.benchmark.subjects import no_leftovers
@@ -128,6 +128,7 @@ class TrainingSpeedSettings:
         check_seed(self.seed)
         check_once(self)
         check_some("parts", self.parts, PARTS)
+        check_filled(self, "chunk_sizes", "seq_lens", "modes")
         for part in self.parts:
             check_name("part", part, PARTS)
         if self.dtype is not None:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from scanlm.baselines import load_entry
 from scanlm.compiling import as_compiled
 from scanlm.curriculum_settings import (
     PRESETS,
@@ -74,19 +75,22 @@ NOT_TRAINING = ("compile", "eval_")
 
 def open_run(settings: StateTrackingSettings, root: str | Path = "data/runs") -> Run:
     """The record of these settings: the one that exists (to go on with), or a new one."""
-    return Run.create(
-        settings.experiment, settings.model, _parameters(settings), settings.seed, root=root
-    )
+    name, parameters = _identity(settings)
+    return Run.create(settings.experiment, name, parameters, settings.seed, root=root)
 
 
 def record_folder(settings: StateTrackingSettings, root: str | Path = "data/runs") -> Path:
     """The folder of that record, whether it is there or not."""
-    identity = run_id(settings.model, _parameters(settings), settings.seed)
-    return Path(root) / settings.experiment / identity
+    return Path(root) / settings.experiment / run_id(*_identity(settings), settings.seed)
 
 
-def _parameters(settings: StateTrackingSettings) -> dict[str, Any]:
-    return settings.model_dump(mode="json", exclude={"model", "seed"})
+def _identity(settings: StateTrackingSettings) -> tuple[str, dict[str, Any]]:
+    """A run's name and parameters: of a file's model what the file says, not where it lies."""
+    parameters = settings.model_dump(mode="json", exclude={"model", "seed"})
+    if not settings.model.endswith((".yaml", ".yml")):
+        return settings.model, parameters
+    entry = load_entry(settings.model).model_dump(mode="json", include={"family", "config"})
+    return Path(settings.model).stem, parameters | {"entry": entry}
 
 
 class _Trainee:
@@ -386,7 +390,9 @@ def train_many(
         for place, entry in enumerate(settings):
             record = open_run(entry, root) if given is None else given[place]
             if record.finished:
-                say(f"already finished: {record.folder}{_no_weights(record, save_weights)}")
+                reached = reach_text(record.summary)  # which refuses a damaged one
+                kept = _no_weights(record, save_weights)
+                say(f"already finished, {reached}: {record.folder}{kept}")
             else:
                 held.enter_context(record.failures_recorded())
             opened.append(record)
@@ -412,7 +418,7 @@ def train_many(
         for t in trainees:
             if not t.diverged:
                 t.record.fail("interrupted", f"stopped after step {t.learner.step}")
-                say(f"{_state(t)}; saved, the same command goes on\nrun: {t.record.folder}")
+                say(f"{_place(t)}; saved, the same command goes on\nrun: {t.record.folder}")
     if errors:
         raise errors[0]
     return opened
@@ -474,8 +480,12 @@ def reach_text(summary: Mapping[str, Any]) -> str:
     """What a finished run reached, in words: of each precision the ``reach`` of its record."""
     if not summary["reach"]:
         return "at no length: the model can read none that was asked for"
-    reached = (f"{length} ({dtype})" for dtype, length in summary["reach"].items())
-    return f"99 % up to length {', '.join(reached)}"
+    reached = (
+        f"99 % up to length {length} ({dtype})" if length else f"below 99 % at any length ({dtype})"
+        for dtype, length in summary["reach"].items()
+    )
+    left_out = summary.get("not_possible")
+    return ", ".join(reached) + (f"; not tested: {', '.join(left_out)}" if left_out else "")
 
 
 def _no_weights(record: Run, save_weights: str) -> str:
@@ -509,10 +519,19 @@ def _state(t: _Trainee) -> str:
     if not t.stages:
         return f"{name}: step {step}"
     last = t.stages[-1]
+    score = last["sequence"] if "sequence" in last else last["worst_position"]
+    which = "of words" if "sequence" in last else "at the worst position"
     return (
-        f"{name}: length {last['length']} ended by {last['ended_by']} after {last['steps']} steps "
-        f"({last['steps_per_second']:.0f}/s)"
+        f"{name}: length {last['length']} ended by {last['ended_by']} after {last['steps']} steps, "
+        f"{score:.1%} {which} ({last['steps_per_second']:.0f}/s)"
     )
+
+
+def _place(t: _Trainee) -> str:
+    if t.trained:
+        return _state(t)
+    name = t.record.folder.name
+    return f"{name}: at length {t.stage.length}, step {t.stage_step} of {t.stage.max_steps}"
 
 
 def train(settings: StateTrackingSettings, **options: Any) -> Run:

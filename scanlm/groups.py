@@ -163,7 +163,10 @@ def get_group(name: str | Group) -> Group:
         raise ScanLMError(
             f"group {name!r} is not available: {family}<n> needs n from {low} to {high}"
         )
-    raise ScanLMError(f"unknown group {name!r}.{nearest(name, NAMED_GROUPS)}")
+    raise ScanLMError(
+        f"unknown group {name!r}.{nearest(name, NAMED_GROUPS)} (all: S2 to S5, A3 to A5, Z2 to "
+        f"Z{LARGEST_CYCLIC})"
+    )
 
 
 def running_products(table: Tensor, tokens: Tensor) -> Tensor:

@@ -45,6 +45,9 @@ def versions() -> dict[str, str]:
 def git_state(folder: str | Path | None = None) -> dict[str, Any]:
     """``git_commit`` and ``git_dirty`` of the checkout that holds the code; else both ``None``.
 
+    Dirty are changes of files that git follows, and new files beside the code: not what a user
+    keeps elsewhere in the checkout.
+
     Code that was copied to a cluster without its repository can be told its commit by the
     environment variable ``SCANLM_COMMIT``: the hash, with ``-dirty`` behind it if files were
     changed.
@@ -55,9 +58,11 @@ def git_state(folder: str | Path | None = None) -> dict[str, Any]:
     """
     place = Path(folder) if folder is not None else Path(__file__).parent
     if _git(place, "ls-files", "--error-unmatch", ".") is not None:
-        commit, changes = _git(place, "rev-parse", "HEAD"), _git(place, "status", "--porcelain")
-        if commit is not None and changes is not None:
-            return {"git_commit": commit.strip(), "git_dirty": bool(changes.strip())}
+        commit = _git(place, "rev-parse", "HEAD")
+        changed = _git(place, "status", "--porcelain", "--untracked-files=no")
+        beside = _git(place, "status", "--porcelain", ".")
+        if commit is not None and changed is not None and beside is not None:
+            return {"git_commit": commit.strip(), "git_dirty": bool((changed + beside).strip())}
     told, dash, _ = os.environ.get("SCANLM_COMMIT", "").partition("-")
     return {"git_commit": told or None, "git_dirty": bool(dash) if told else None}
 

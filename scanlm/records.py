@@ -395,9 +395,11 @@ def export(
     """
     run = Run.open(run_folder)
     if not (run.finished or unfinished):
+        goes_on = run.status != "diverged"  # the same command would only diverge again
+        advice = "continue it with the command that started it, or " if goes_on else ""
         raise ScanLMError(
             f"run {run.folder} has status {run.status!r}: only finished runs are exported; "
-            "continue it with the command that started it, or keep what it has with --unfinished"
+            f"{advice}keep what it has with --unfinished"
         )
     summary = run.summary if run.finished else {}
     record = _without_paths(run.info) | {"summary": _without_paths(summary)}

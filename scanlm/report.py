@@ -61,8 +61,9 @@ def update_documents(path: str | Path, results: str | Path = "data/results") -> 
         The documents that changed.
 
     Raises:
-        ScanLMError: a document that cannot be read, or without the two markers; no such folder, or
-            a damaged record in it. Nothing has been written then.
+        ScanLMError: a document that cannot be read, or without the two markers, or with results
+            that these records would replace by nothing; no such folder, or a damaged record in it.
+            Nothing has been written then.
     """
     document, tables = Path(path), Path(results) / "README.md"
     check_results(results)
@@ -71,10 +72,16 @@ def update_documents(path: str | Path, results: str | Path = "data/results") -> 
     except OSError as error:
         raise ScanLMError(f"cannot read {path}: {error.strerror}") from error
     before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    old, end, after = rest.partition(END)
     if not begin or not end:
         raise ScanLMError(f"{path} has no lines {BEGIN} and {END}: add them where results belong")
-    new = f"{before}{BEGIN}\n{results_section(results, document.parent)}\n{END}{after}"
+    section = results_section(results, document.parent)
+    if section == NOTHING and old.strip() not in ("", NOTHING):
+        raise ScanLMError(
+            f"{results} has no headline, and the results of {path} would be lost: name another "
+            "document for these records (scanlm report DOCUMENT --results FOLDER)"
+        )
+    new = f"{before}{BEGIN}\n{section}\n{END}{after}"
     changed = []
     for target, content in ((document, new), (tables, all_tables(results))):
         if not target.is_file() or target.read_text(encoding="utf-8") != content:

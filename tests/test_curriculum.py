@@ -395,22 +395,23 @@ def test_what_becomes_of_each_run_is_said(tmp_path: Path) -> None:
     settings = preset_settings("smoke", TINY)
     said: list[str] = []
     run = train(settings, root=tmp_path, device="cpu", max_seconds=0, progress=said.append)
-    assert (
-        said.pop()
-        == f"{run.folder.name}: step 0; saved, the same command goes on\nrun: {run.folder}"
-    )
+    first = settings.stages[0]
+    place = f"{run.folder.name}: at length {first.length}, step 0 of {first.max_steps}"
+    assert said.pop() == f"{place}; saved, the same command goes on\nrun: {run.folder}"
     train(settings, root=tmp_path, device="cpu", progress=said.append)
-    reached = run.summary["reach"]["float32"]
-    ending = f"; evaluated, 99 % up to length {reached} (float32)\nrun: {run.folder}"
-    assert said[-1].endswith(ending)
+    reached = curriculum.reach_text(run.summary)
+    assert said[-1].endswith(f"; evaluated, {reached}\nrun: {run.folder}")
+    last = run.summary["stages"][-1]
+    assert f"steps, {last['worst_position']:.1%} at the worst position (" in said[-1]
     train(settings, root=tmp_path, device="cpu", progress=said.append)
-    assert said[-1] == f"already finished: {run.folder}"
+    assert said[-1] == f"already finished, {reached}: {run.folder}"
     options: dict[str, Any] = {"root": tmp_path, "device": "cpu", "save_weights": "bf16"}
     train(settings, progress=said.append, **options)
-    assert said[-1].startswith(f"already finished: {run.folder}; its weights were not kept: ")
+    start = f"already finished, {reached}: {run.folder}; its weights were not kept: "
+    assert said[-1].startswith(start)
     (run.folder / "checkpoint-final").mkdir()
     train(settings, progress=said.append, **options)
-    assert said[-1] == f"already finished: {run.folder}"
+    assert said[-1] == f"already finished, {reached}: {run.folder}"
 
 
 def test_a_run_asked_for_twice_is_refused(tmp_path: Path) -> None:
@@ -721,6 +722,37 @@ def test_beyond_the_positions_is_refused_and_recorded(tmp_path: Path) -> None:
     summary = json.loads((record.folder / "summary.json").read_text())
     assert summary["not_possible"] == {"8": "beyond the 6 positions of the model"}
     assert curriculum.reach_text({"reach": {}}).startswith("at no length")
+    assert curriculum.reach_text({"reach": {"float32": 0, "bfloat16": 4}}) == (
+        "below 99 % at any length (float32), 99 % up to length 4 (bfloat16)"
+    )
+    assert curriculum.reach_text(summary).endswith("; not tested: 8")
+
+
+def test_a_run_of_a_file_is_found_by_what_the_file_says(tmp_path: Path) -> None:
+    text = "family: gpt2\nconfig: {n_layer: 1, n_embd: 16, n_head: 2, n_positions: 64}\n"
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.yaml").write_text(f"id: mine\n{text}")
+    ids = [
+        curriculum.record_folder(
+            preset_settings("smoke", model=str(tmp_path / folder / "mine.yaml")), "x"
+        ).name
+        for folder in ("here", "there")
+    ]
+    assert ids[0] == ids[1]
+    assert ids[0].startswith("mine-s0-")
+    path = tmp_path / "here" / "mine.yaml"
+    path.write_text(path.read_text().replace("n_layer: 1", "n_layer: 2"))
+    changed = curriculum.record_folder(preset_settings("smoke", model=str(path)), "x").name
+    assert changed != ids[0]
+
+
+def test_a_damaged_summary_does_not_count_as_finished(tmp_path: Path) -> None:
+    settings = preset_settings("smoke", TINY)
+    run = train(settings, root=tmp_path, device="cpu")
+    (run.folder / "summary.json").write_text("{")
+    with pytest.raises(ScanLMError, match=r"summary\.json"):
+        train(settings, root=tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize(

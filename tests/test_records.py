@@ -213,6 +213,14 @@ def test_what_a_stopped_run_measured_can_be_exported(tmp_path: Path) -> None:
     assert "; interrupted; " in source_line(read_runs(path).iloc[0])
 
 
+def test_a_diverged_run_is_not_said_to_go_on(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.fail("diverged", "the loss is not finite")
+    with pytest.raises(ScanLMError, match="'diverged': .*exported; keep what it has") as error:
+        export(run.folder, tmp_path / "results")
+    assert "continue" not in str(error.value)
+
+
 def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/home/me/bin/scanlm", "train", "--root=/home/me/runs"])
     run = make(tmp_path / "runs")
@@ -253,6 +261,27 @@ def test_source_line(tmp_path: Path) -> None:
         assert f"; on {corpus}; " in source_line(run)
     run.info["experiment"], run.info["parameters"] = "wikitext103", {"corpus": "wikitext-103"}
     assert " on " not in source_line(run)
+
+
+def test_dirty_is_what_git_follows_and_what_lies_beside_the_code(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *who, "-C", str(tmp_path), *words], check=True, capture_output=True)
+
+    code = tmp_path / "code"
+    code.mkdir()
+    for file in (code / "a.py", tmp_path / "notes.txt"):
+        file.write_text("a")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "a")
+    (tmp_path / "my_model.yaml").write_text("a")
+    assert git_state(code)["git_dirty"] is False
+    (code / "b.py").write_text("a")
+    assert git_state(code)["git_dirty"] is True
+    (code / "b.py").unlink()
+    (tmp_path / "notes.txt").write_text("b")
+    assert git_state(code)["git_dirty"] is True
 
 
 def test_outside_a_repository_the_commit_is_what_one_is_told(

@@ -405,6 +405,16 @@ def test_records_outside_the_documents_folder_are_linked(tmp_path: Path) -> None
     assert "](../elsewhere/data/results/training_speed/scanlm" in document.read_text()
 
 
+def test_results_are_not_replaced_by_nothing(tmp_path: Path) -> None:
+    document, results = tmp_path / "README.md", tmp_path / "mine"
+    results.mkdir()
+    document.write_text(f"{BEGIN}\nold\n{END}\n")
+    with pytest.raises(ScanLMError, match=r"has no headline, and .*README\.md would"):
+        update_documents(document, results)
+    assert "old" in document.read_text()
+    assert not (results / "README.md").exists()
+
+
 def test_a_document_without_markers_is_left_alone(tmp_path: Path) -> None:
     document = tmp_path / "README.md"
     document.write_text("text")

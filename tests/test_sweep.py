@@ -659,7 +659,7 @@ def test_state_tracking_goes_side_by_side(
     before = written(tmp_path)
     result = scan(*words)
     assert result.exit_code == 0, result.output
-    assert "99 % up to length" in result.stdout
+    assert "below 99 %" in result.stdout
     assert written(tmp_path) == before
 
     def diverged(settings: Any, **options: Any) -> None:

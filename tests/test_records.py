@@ -216,7 +216,7 @@ def test_what_a_stopped_run_measured_can_be_exported(tmp_path: Path) -> None:
 def test_a_diverged_run_is_not_said_to_go_on(tmp_path: Path) -> None:
     run = make(tmp_path)
     run.fail("diverged", "the loss is not finite")
-    with pytest.raises(ScanLMError, match="'diverged': .*exported; keep what it has") as error:
+    with pytest.raises(ScanLMError, match=r"'diverged': .*exported; keep what it has") as error:
         export(run.folder, tmp_path / "results")
     assert "continue" not in str(error.value)
 

@@ -6,6 +6,7 @@ Curves take the long frame of ``scanlm.records.read_metrics`` with a column ``se
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import count
@@ -540,8 +541,11 @@ def error_by_length(
             )
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
         # in the strip there are no shares, and just above it no place for one
-        least = 2 * floor if faultless else 0
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _percent(v) if v > least else ""))
+        least = 2 * floor if faultless else bottom
+        decades = range(math.floor(math.log10(least)) + 1, 1)
+        ax.set_yticks([10.0**k for k in decades])
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(FuncFormatter(_percent))
         ax.set(xlabel="length of the word", ylabel="share of errors")
         ax.set_title(title or TITLES.get(name, name))
         depth = ax.secondary_xaxis("top")

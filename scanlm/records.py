@@ -403,7 +403,8 @@ def export(
         )
     summary = run.summary if run.finished else {}
     record = _without_paths(run.info) | {"summary": _without_paths(summary)}
-    metrics = [json.dumps(_without_paths(m)) for m in _read_lines(run.folder / METRICS_FILE)]
+    lines = _read_lines(run.folder / METRICS_FILE, whole=run.finished)
+    metrics = [json.dumps(_without_paths(m)) for m in lines]
     text = _dump(record).rstrip().removesuffix("}").rstrip()
     listed = ",\n".join(f"    {metric}" for metric in metrics)
     text += ',\n  "metrics": [' + (f"\n{listed}\n  ]" if metrics else "]") + "\n}\n"
@@ -547,13 +548,15 @@ def _checked(path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
     return record
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The metrics of a file, without a last line that was cut short."""
+def _read_lines(path: Path, whole: bool = False) -> Iterator[dict[str, Any]]:
+    """The metrics of a file, without a last line that was cut short; of a ``whole`` one none is."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith("\n"):
+                if whole:
+                    raise _damaged(path, "ends within a line", f", line {number},")
                 return
             where = f", line {number}"
             try:

@@ -139,6 +139,7 @@ def test_a_damaged_record_is_named(tmp_path: Path, content: Any, message: str) -
         ("summary.json", f'{{"loss": {HUGE}}}', "is not finite, or too large"),
         ("metrics.jsonl", f'{{"name": "loss", "value": {HUGE}}}\n', "line 1 is not JSON"),
         ("metrics.jsonl", "5\n", "line 1 is no metric"),
+        ("metrics.jsonl", '{"name": "loss", "va', "line 1, ends within a line"),
     ],
 )
 def test_a_damaged_run_is_not_exported(

@@ -230,6 +230,27 @@ def _state_tracking_rates(runs: pd.DataFrame) -> Iterable[Row]:
         }
 
 
+def _state_tracking_others(runs: pd.DataFrame) -> Iterable[Row]:
+    from scanlm.plotting.state_tracking import run_label
+
+    for _, run in runs.sort_values(["experiment", "started"]).iterrows():
+        parameters = mapping_or_empty(run["parameters"])
+        if run["experiment"] == "s5" or not {"group", "stages"} <= set(parameters):
+            continue
+        summary = mapping_or_empty(run["summary"])
+        reach = mapping_or_empty(summary.get("reach"))
+        yield {
+            "group": str(parameters["group"]),
+            "model": run_label(str(run["model"]), parameters),
+            "seed": str(run["seed"]),
+            "parameters": number(summary.get("parameters"), 0),
+            "steps": number(summary.get("steps"), 0),
+            "trained to": str(parameters["stages"][-1]["length"]),
+            "reach": ", ".join(f"{length:,} ({dtype})" for dtype, length in reach.items()),
+            "source": run["source"],
+        }
+
+
 def _training_speed(runs: pd.DataFrame) -> Iterable[Row]:
     keys = ["part", "model", "mode", "compiled", "chunk", "length", "batch_size", "dtype"]
     for _, run in _of(runs, "training_speed").sort_values("started").iterrows():
@@ -393,6 +414,12 @@ TABLES = (
         "As many tokens as the models that are compared, which are the set of their family with "
         "the most seeds and then the greatest reach.",
         _state_tracking_rates,
+    ),
+    Table(
+        "State tracking on other groups",
+        "The reach is the greatest length tested at which 99 % of all positions are right; 0 if "
+        "there is none.",
+        _state_tracking_others,
     ),
     Table(
         "Time for a token",

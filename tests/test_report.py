@@ -405,6 +405,18 @@ def test_records_outside_the_documents_folder_are_linked(tmp_path: Path) -> None
     assert "](../elsewhere/data/results/training_speed/scanlm" in document.read_text()
 
 
+def test_state_tracking_on_any_group_is_in_a_table(tmp_path: Path) -> None:
+    parameters = {"group": "S4", "stages": [{"length": 8}]}
+    run = Run.create("s4", "scan", parameters, 3, root=tmp_path / "runs")
+    run.log("accuracy", 0.5, length=4)
+    run.finish({"parameters": 14000, "steps": 700, "reach": {"float32": 1024, "bfloat16": 0}})
+    export(run.folder, tmp_path / "data" / "results")
+    text = all_tables(tmp_path / "data" / "results")
+    row = "| S4 | scan model | 3 | 14,000 | 700 | 8 | 1,024 (float32), 0 (bfloat16) |"
+    assert "## State tracking on other groups" in text
+    assert row in text
+
+
 def test_results_are_not_replaced_by_nothing(tmp_path: Path) -> None:
     document, results = tmp_path / "README.md", tmp_path / "mine"
     results.mkdir()

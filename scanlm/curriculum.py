@@ -46,7 +46,7 @@ from scanlm.length_evaluation import (
     position_limit,
     reach,
 )
-from scanlm.records import Run, run_id
+from scanlm.records import Run, model_name, run_id
 from scanlm.state_probe import probe_metrics
 from scanlm.values import check_duration
 
@@ -86,11 +86,12 @@ def record_folder(settings: StateTrackingSettings, root: str | Path = "data/runs
 
 def _identity(settings: StateTrackingSettings) -> tuple[str, dict[str, Any]]:
     """A run's name and parameters: of a file's model what the file says, not where it lies."""
+    name = model_name(settings.model)
     parameters = settings.model_dump(mode="json", exclude={"model", "seed"})
-    if not settings.model.endswith((".yaml", ".yml")):
-        return settings.model, parameters
-    entry = load_entry(settings.model).model_dump(mode="json", include={"family", "config"})
-    return Path(settings.model).stem, parameters | {"entry": entry}
+    if name != settings.model:  # a file
+        entry = load_entry(settings.model)
+        parameters["entry"] = entry.model_dump(mode="json", include={"family", "config"})
+    return name, parameters
 
 
 class _Trainee:
@@ -513,11 +514,10 @@ def _save_all(trainees: Sequence[_Trainee]) -> None:
 
 
 def _state(t: _Trainee) -> str:
-    name, step = t.record.folder.name, t.learner.step
+    """How the run diverged, or how the last of its stages ended."""
+    name = t.record.folder.name
     if t.diverged:
-        return f"{name}: diverged at step {step}"
-    if not t.stages:
-        return f"{name}: step {step}"
+        return f"{name}: diverged at step {t.learner.step}"
     last = t.stages[-1]
     score = last["sequence"] if "sequence" in last else last["worst_position"]
     which = "of words" if "sequence" in last else "at the worst position"
@@ -528,6 +528,7 @@ def _state(t: _Trainee) -> str:
 
 
 def _place(t: _Trainee) -> str:
+    """Where in its stages a run was stopped."""
     if t.trained:
         return _state(t)
     name = t.record.folder.name

@@ -32,7 +32,7 @@ from torch import Tensor
 from scanlm.errors import ScanLMError, check_name, nearest
 
 NAMED_GROUPS = ("S5", "S4", "S3", "A5", "Z60", "Z2")
-LARGEST_CYCLIC = 512
+SIZES = {"S": (2, 5), "A": (3, 5), "Z": (2, 512)}  # of each family, the least and the greatest
 STREAMS = {"train": 1, "validation": 2, "test": 3, "stories": 4, "shuffle": 5}
 
 # splitmix64 (Steele, Lea, Flood 2014): the increment and the two multipliers
@@ -157,16 +157,14 @@ def get_group(name: str | Group) -> Group:
     match = re.fullmatch(r"([SAZ])([1-9]\d*)", name.strip().upper())
     if match:
         family, n = match[1], int(match[2])
-        low, high = {"S": (2, 5), "A": (3, 5), "Z": (2, LARGEST_CYCLIC)}[family]
+        low, high = SIZES[family]
         if low <= n <= high:
             return _build(family, n)
         raise ScanLMError(
             f"group {name!r} is not available: {family}<n> needs n from {low} to {high}"
         )
-    raise ScanLMError(
-        f"unknown group {name!r}.{nearest(name, NAMED_GROUPS)} (all: S2 to S5, A3 to A5, Z2 to "
-        f"Z{LARGEST_CYCLIC})"
-    )
+    every = ", ".join(f"{family}{low} to {family}{high}" for family, (low, high) in SIZES.items())
+    raise ScanLMError(f"unknown group {name!r}.{nearest(name, NAMED_GROUPS)} (all: {every})")
 
 
 def running_products(table: Tensor, tokens: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ def _state_tracking(runs: pd.DataFrame) -> Iterator[Row]:
     gpt2 = runs[(runs["role"] == "baseline") & runs["model"].str.startswith("gpt2")]
     if recipe.empty:
         return
-    trained = recipe["parameters"].iloc[0]["stages"][-1]["length"]
+    trained = int(recipe["trained"].iloc[0])
     scan_rows = evaluated(read_metrics(*recipe["path"]))
     gpt2_rows = None if gpt2.empty else evaluated(read_metrics(*gpt2["path"]))
     for length in sorted(set(scan_rows["length"]) & set(LENGTHS)):

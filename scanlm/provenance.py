@@ -60,9 +60,9 @@ def git_state(folder: str | Path | None = None) -> dict[str, Any]:
     if _git(place, "ls-files", "--error-unmatch", ".") is not None:
         commit = _git(place, "rev-parse", "HEAD")
         changed = _git(place, "status", "--porcelain", "--untracked-files=no")
-        beside = _git(place, "status", "--porcelain", ".")
-        if commit is not None and changed is not None and beside is not None:
-            return {"git_commit": commit.strip(), "git_dirty": bool((changed + beside).strip())}
+        new = _git(place, "ls-files", "--others", "--exclude-standard", ".")
+        if commit is not None and changed is not None and new is not None:
+            return {"git_commit": commit.strip(), "git_dirty": bool((changed + new).strip())}
     told, dash, _ = os.environ.get("SCANLM_COMMIT", "").partition("-")
     return {"git_commit": told or None, "git_dirty": bool(dash) if told else None}
 

@@ -53,6 +53,11 @@ def run_id(model: str, parameters: Mapping[str, Any], seed: int) -> str:
     return f"{safe}-s{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
+def model_name(id_or_file: str) -> str:
+    """What runs of a model are called: its registry id, or of a YAML file its name, no suffix."""
+    return Path(id_or_file).stem if id_or_file.endswith((".yaml", ".yml")) else id_or_file
+
+
 def check_folder_name(what: str, name: str) -> None:
     """Refuse what is no good name of a folder.
 

@@ -47,7 +47,7 @@ from scanlm.errors import ScanLMError
 from scanlm.flops import training_flops
 from scanlm.interrupts import held_interrupts
 from scanlm.progress import Progress
-from scanlm.records import SUMMARY_FILE, Run, read_metrics, run_id
+from scanlm.records import SUMMARY_FILE, Run, model_name, read_metrics, run_id
 from scanlm.scoring import (
     Evaluation,
     NotFinite,
@@ -100,20 +100,18 @@ def train(
     _check(settings, model, tokens, blocks)
     precision = resolve_precision(settings.precision)
     parameters = _parameters(settings, model, tokens, precision)
-    name = Path(settings.model).stem if settings.model.endswith((".yaml", ".yml")) else None
+    name = model_name(settings.model)
     experiment = settings.experiment or experiment_name(tokens.name)
     rank = int(os.environ.get("RANK", "0"))
     writer: Run | None = None
     if rank == 0:
-        run = Run.create(
-            experiment, name or settings.model, parameters, settings.seed, settings.root
-        )
+        run = Run.create(experiment, name, parameters, settings.seed, settings.root)
         if run.finished:
             print(f"already finished: {run.folder}\n{_result_line(run.summary)}")
             return run
         writer, folder = run, run.folder
     else:
-        identity = run_id(name or settings.model, parameters, settings.seed)
+        identity = run_id(name, parameters, settings.seed)
         folder = Path(settings.root) / experiment / identity
         if (folder / SUMMARY_FILE).is_file():
             return Run.open(folder)

@@ -441,7 +441,7 @@ def _s5(
             raise NoRecords(f"no runs of every role of {', '.join(needed)} in the records of s5")
         metrics, caption = records.metrics("s5", chosen)
         metrics = metrics.assign(series=metrics["run_id"].map(chosen.set_index("run_id")["series"]))
-        trained = recipe["parameters"].iloc[0]["stages"][-1]["length"]
+        trained = int(recipe["trained"].iloc[0])
         try:
             return draw(metrics, trained, chosen, caption)
         except ScanLMError as reason:  # of runs recorded without what the figure shows
@@ -451,8 +451,7 @@ def _s5(
 
 
 def _s5_reach(_: Any, __: float, runs: pd.DataFrame, caption: str) -> Figure:
-    trained = [parameters["stages"][-1]["length"] for parameters in runs["parameters"]]
-    return state_tracking.reach_points(runs.assign(trained=trained), source=caption)
+    return state_tracking.reach_points(runs, source=caption)
 
 
 def _s5_error(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:

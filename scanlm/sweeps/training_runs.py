@@ -16,7 +16,7 @@ from typing import Any
 from scanlm.baselines import TOKEN_IDS
 from scanlm.data import Corpus, default_tokenizer, experiment_name, load_corpus
 from scanlm.data.token_files import content_fingerprint
-from scanlm.records import RUN_FILE, Run, plain, run_id
+from scanlm.records import RUN_FILE, Run, model_name, plain, run_id
 from scanlm.settings import TrainingSettings, resolve_settings
 from scanlm.sweeps.plans import State, optional_text, text
 from scanlm.trainer import saved_steps
@@ -43,11 +43,10 @@ def training_run(values: dict[str, Any], out: Path | None) -> dict[str, Any]:
     settings = resolve_settings(model, preset, values)
     facts = sizes(settings)
     source = _source(settings.corpus)
-    name = Path(model).stem if model.endswith((".yaml", ".yml")) else model
     corpus = source.name if source is not None else Path(settings.corpus).name
     experiment = settings.experiment or experiment_name(corpus)
     # what the hash in the run's id is made of is known only when it runs
-    prefix = run_id(name, {}, settings.seed).rpartition("-")[0]
+    prefix = run_id(model_name(model), {}, settings.seed).rpartition("-")[0]
     pattern = Path(settings.root) / experiment / f"{prefix}-"
     wanted = plain(settings.identity() | {"corpus": corpus, "config": facts["config"]})
     wanted["tokenizer"] = settings.tokenizer or (default_tokenizer(source) if source else "gpt2")

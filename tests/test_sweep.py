@@ -273,19 +273,20 @@ PROGRAM = """
 import os, sys, time
 from pathlib import Path
 what, done = sys.argv[1], Path(sys.argv[2])
-print("began")
+waits = what == "waits" and not done.with_name("go").exists()
+try:
+    print("began")  # from here on an interrupt may come
+    if waits:
+        time.sleep(60)
+except KeyboardInterrupt:
+    print("saved")
+    sys.exit(130)
 if what == "broken":
     print("Traceback (most recent call last):\\n  ...")
     print("\\x1b[31mKeyError: 'a'\\x1b[0m\\n")
     sys.exit(1)
 if what == "killed":
     os.kill(os.getpid(), 9)
-if what == "waits" and not done.with_name("go").exists():
-    try:
-        time.sleep(60)
-    except KeyboardInterrupt:
-        print("saved")
-        sys.exit(130)
 done.write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
 """
 

@@ -601,6 +601,7 @@ def reach_points(reaches: pd.DataFrame, source: str | None = None) -> Figure:
             found = reaches.loc[reaches["series"] == label, "reach"]
             values = found.clip(lower=1)  # a reach of 0 has no place on a logarithmic axis
             look, middle, several = looks[label], values.median(), len(values) > 1
+            centred = several and middle > 2  # at the edge the label would cross the axis
             ax.plot([1, middle], [row, row], color=look.color, lw=2, alpha=0.35)
             values = values.sort_values()
             near = values.groupby((values > NEAR * values.shift()).cumsum())
@@ -613,9 +614,9 @@ def reach_points(reaches: pd.DataFrame, source: str | None = None) -> Figure:
                 if len(found) > 2
                 else " and ".join(f"{value:,.0f}" for value in sorted(found)),
                 (middle, row + 0.24 * several),
-                xytext=(0, 2) if several else (9, 0),
+                xytext=(0 if centred else 3 if several else 9, 2 if several else 0),
                 textcoords="offset points",
-                ha="center" if several else "left",
+                ha="center" if centred else "left",
                 va="bottom" if several else "center",
                 color=MUTED,
                 fontsize=9,

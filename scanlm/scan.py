@@ -101,68 +101,41 @@ def sequential_scan(
 
 @dataclass(frozen=True)
 class _Call:
-    """One batched call of ``combine``: the trees of one height, then groups of folds."""
+    """The nodes of one batched call of ``combine``."""
 
-    trees: int  # how many perfect trees of height ``call number`` are made
-    seed: bool  # whether the initial state is folded with the first tree of the height below
-    folds: tuple[tuple[int, tuple[int, ...]], ...]  # (height of the right tree, slots of lefts)
-    prefixes: tuple[int, ...]  # i of each prefix(i) that is ready after this call, by slot
-
-
-@dataclass(frozen=True)
-class _Schedule:
-    calls: tuple[_Call, ...]
-    rights: tuple[tuple[int, ...], ...]  # a height: which even trees are folded, in order of use
-    order: tuple[int, ...]  # where prefix(1), prefix(2), ... lie among the prefixes of all calls
-
-    def fold_sizes(self, height: int) -> list[int]:
-        """How many even trees of a height each call takes that takes any."""
-        return [len(s) for call in self.calls for h, s in call.folds if h == height]
-
-    def combines(self, step: int) -> Trace:
-        """The nodes of one call, in the order of its batch."""
-        call, ready = self.calls[step], self.calls[step - 1].prefixes
-        size = 1 << (step - 1)
-        starts = [2 * size * t for t in range(call.trees)]
-        spans = [((s, s + size), (s + size, s + 2 * size)) for s in starts]
-        if call.seed:
-            spans.append(((0, 0), (0, size)))
-        for height, slots in call.folds:
-            spans += [((0, ready[s]), (ready[s], ready[s] + (1 << height))) for s in slots]
-        return [Combine(step, left, right) for left, right in spans]
+    trees: tuple[Combine, ...]
+    folds: tuple[Combine, ...]  # of a shorter prefix and a tree
 
 
 @lru_cache(maxsize=256)
-def _schedule(n: int, seeded: bool) -> _Schedule:
+def _schedule(n: int, seeded: bool) -> tuple[_Call, ...]:
     """Plan prefix(1) ... prefix(n) so that each node is made as early as its operands allow.
 
-    A perfect tree of height h is ready after call h. ``prefix(i)`` hangs on ``prefix(i - low)``,
-    which is always ready exactly one call earlier, and on a tree that is ready by then. Listing
-    the prefixes of a call by falling lowest bit turns most gathers into plain slices.
+    A perfect tree of height h is made by call h. ``prefix(i)`` hangs on ``prefix(i - low)`` and on
+    a tree of height log2(low), and is made by the call after both are there.
+
+    Args:
+        n: number of leaves.
+        seeded: whether all prefixes start from an earlier fold, of span (0, 0); else those of
+            1, 2, 4, ... leaves are trees.
     """
-    top = n.bit_length() - 1
-    rights: list[list[int]] = [[] for _ in range(top + 1)]
-    calls = [_Call(n, False, (), () if seeded else (1,))]
-    while True:
-        d = len(calls)
-        trees = n >> d
-        seed = seeded and n >> (d - 1) > 0
-        groups = []
-        made = [1 << (d - 1)] if seed else [1 << d] if trees and not seeded else []
-        ready = calls[-1].prefixes
-        for height in range(top, -1, -1):
-            bit = 1 << height
-            lefts = [s for s, i in enumerate(ready) if lowest_bit(i) > bit and i + bit <= n]
-            if lefts:
-                groups.append((height, tuple(lefts)))
-                made += [ready[s] + bit for s in lefts]
-                rights[height] += [ready[s] >> (height + 1) for s in lefts]
-        if not (trees or seed or groups):
-            break
-        calls.append(_Call(trees, seed, tuple(groups), tuple(made)))
-    listed = [i for call in calls for i in call.prefixes]
-    order = sorted(range(n), key=listed.__getitem__)
-    return _Schedule(tuple(calls), tuple(map(tuple, rights)), tuple(order))
+    trees: list[list[Combine]] = [[] for _ in range(2 * n.bit_length() + 1)]
+    folds: list[list[Combine]] = [[] for _ in trees]
+    for height in range(1, n.bit_length()):
+        half = 1 << (height - 1)
+        for start in range(0, n - 2 * half + 1, 2 * half):
+            mid, stop = start + half, start + 2 * half
+            trees[height].append(Combine(height, (start, mid), (mid, stop)))
+    ready = [0] * (n + 1)  # by which call
+    for i in range(1, n + 1):
+        low = lowest_bit(i)
+        height, start = low.bit_length() - 1, i - low
+        ready[i] = height
+        if start or seeded:
+            ready[i] = max(ready[start], height) + 1
+            folds[ready[i]].append(Combine(ready[i], (0, start), (start, i)))
+    calls = [_Call(tuple(t), tuple(f)) for t, f in zip(trees, folds, strict=True)]
+    return tuple(call for call in calls if call.trees or call.folds)
 
 
 def num_combines(n: int) -> int:
@@ -173,24 +146,7 @@ def num_combines(n: int) -> int:
     """
     if n < 0:
         raise ScanLMError(f"n={n}: expected a number of leaves >= 0")
-    plan = _schedule(n, False)
-    return sum(len(plan.combines(step)) for step in range(1, len(plan.calls)))
-
-
-@lru_cache(maxsize=512)
-def _index(indices: tuple[int, ...], device: torch.device) -> Tensor:
-    """Indices on a device, copied there once: a copy from the host would stall every scan, and
-    is not allowed while a CUDA graph is captured."""
-    with torch.inference_mode(False):  # else a later backward pass could not use it
-        return torch.tensor(indices, device=device)
-
-
-def _take(x: Tensor, indices: Sequence[int]) -> Tensor:
-    """Entries of dimension 1; a view where they are contiguous, else one gather."""
-    first, count = indices[0], len(indices)
-    if list(indices) == list(range(first, first + count)):
-        return x[:, first : first + count]
-    return x.index_select(1, _index(tuple(indices), x.device))
+    return sum(len(call.trees) + len(call.folds) for call in _schedule(n, False))
 
 
 @dataclass(frozen=True)
@@ -199,11 +155,11 @@ class ScanTree:
 
     Attributes:
         prefixes: ``(batch, n, ...)``, entry ``i`` is ``prefix(i + 1)``: the fold of leaves 0..i.
-        trees: per height h the perfect trees ``(batch, n >> h, ...)``; height 0 are the leaves.
+        trees: the perfect trees ``(batch, ...)`` by span; those of one chunk are the leaves.
     """
 
     prefixes: Tensor
-    trees: list[Tensor]
+    trees: dict[Span, Tensor]
 
 
 def scan_tree(
@@ -213,6 +169,10 @@ def scan_tree(
     trace: Trace | None = None,
 ) -> ScanTree:
     """Evaluate every prefix of ``leaves`` with as few, as large and as early calls as possible.
+
+    Nodes are unbound from the call that makes them and stacked for the calls that read them: one
+    copy each way, and in the backward pass one sum where several nodes read one. Slices of whole
+    levels would each fill a level with zeros there.
 
     Args:
         combine: maps two states ``(batch * pairs, ...)`` to one of the same shape.
@@ -226,38 +186,23 @@ def scan_tree(
         The prefixes 1 ... n and the perfect trees.
     """
     batch, n = leaves.shape[:2]
-    plan = _schedule(n, initial is not None)
-    trees, evens, odds = [leaves], [leaves[:, 0::2]], [leaves[:, 1::2]]
-    fold_rights: dict[int, list[Tensor]] = {}  # a height: one gather, cut up for its calls
-    ready = leaves[:, :1] if initial is None else leaves[:, :0]
-    prefixes = [ready]
-    for step, call in enumerate(plan.calls[1:], start=1):
-        lefts, rights = [], []
-        if call.trees:
-            lefts.append(evens[step - 1][:, : call.trees])
-            rights.append(odds[step - 1][:, : call.trees])
-        if call.seed and initial is not None:
-            lefts.append(initial.unsqueeze(1))
-            rights.append(trees[step - 1][:, :1])
-        for height, slots in call.folds:
-            if height not in fold_rights:
-                gathered = _take(evens[height], plan.rights[height])
-                fold_rights[height] = list(gathered.split(plan.fold_sizes(height), dim=1))
-            lefts.append(_take(ready, slots))
-            rights.append(fold_rights[height].pop(0))
-        left, right = torch.cat(lefts, 1), torch.cat(rights, 1)
-        made = combine(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, (batch, -1))
+    trees = {(i, i + 1): leaf for i, leaf in enumerate(leaves.unbind(1))}
+    prefixes = {(0, 1): trees[0, 1]} if initial is None else {(0, 0): initial}
+    for call in _schedule(n, initial is not None):
+        lefts = [trees[node.left] for node in call.trees]
+        lefts += [prefixes[node.left] for node in call.folds]
+        nodes = (*call.trees, *call.folds)
+        left, right = torch.stack(lefts, 1), torch.stack([trees[node.right] for node in nodes], 1)
+        made = combine(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, (batch, -1)).unbind(1)
+        for node, state in zip(call.trees, made, strict=False):
+            trees[node.out] = state
+            if initial is None and node.left[0] == 0:
+                prefixes[node.out] = state
+        for node, state in zip(call.folds, made[len(call.trees) :], strict=True):
+            prefixes[node.out] = state
         if trace is not None:
-            trace.extend(plan.combines(step))
-        tree, ready = made[:, : call.trees], made[:, call.trees :]
-        if call.trees:
-            trees.append(tree)
-            evens.append(tree[:, 0::2])
-            odds.append(tree[:, 1::2])
-            if initial is None:
-                ready = torch.cat([tree[:, :1], ready], 1)
-        prefixes.append(ready)
-    return ScanTree(_take(torch.cat(prefixes, 1), plan.order), trees)
+            trace.extend(nodes)
+    return ScanTree(torch.stack([prefixes[0, i] for i in range(1, n + 1)], 1), trees)
 
 
 def blelloch_scan(
@@ -384,14 +329,15 @@ class OnlineScan(Generic[T]):
             ValueError: chunks were seen before and their number is not a multiple of a power of
                 two greater than n, so that the scan's nodes are not those of this counter.
         """
-        n = tree.trees[0].shape[1]
+        n = tree.prefixes.shape[1]
         if self.num_chunks and lowest_bit(self.num_chunks) <= n:
             raise ValueError(f"a scan of {n} chunks cannot follow {self.num_chunks} chunks")
         start = 0
         for height in reversed(range(n.bit_length())):
             if n >> height & 1:
-                root: Any = tree.trees[height][:, start >> height].clone()
-                start += 1 << height
+                stop = start + (1 << height)
+                root: Any = tree.trees[start, stop].clone()
+                start = stop
                 fold: Any = tree.prefixes[:, start - 1].clone() if self._folds else root
                 self._heights.append(height)
                 self._roots.append(root)

@@ -235,11 +235,15 @@ class _Trainee:
         limit = position_limit(model)
         lengths = [n for n in settings.eval_lengths if limit is None or n <= limit]
         beyond = [n for n in settings.eval_lengths if n not in lengths]
+        precisions = settings.eval_precisions if lengths else ()
         rows: list[tuple[str, float, dict[str, Any]]] = []
         reaches = {}
         # each length is a new shape: to compile hundreds of chunks takes longer than to run them
         with as_compiled():
-            for precision in settings.eval_precisions if lengths else ():
+            # bfloat16 first: the training's compiled code is for weights as they are until then
+            for precision in sorted(precisions):
+                if precision == "fp32":
+                    self.learner.make_exact()
                 result = evaluate_lengths(
                     model,
                     settings.group,
@@ -251,7 +255,8 @@ class _Trainee:
                     progress=lambda line: say(f"{self.record.folder.name}: {line}"),
                 )
                 rows += result.metrics()
-                reaches[PRECISIONS[precision]] = result.reach()
+                reaches[precision] = result.reach()
+            self.learner.make_exact()
             rows += self._probe(limit)
         if save_weights != "none":
             self._save_weights(save_weights)
@@ -265,7 +270,7 @@ class _Trainee:
             "seconds": self.seconds,
             "steps_per_second": self.learner.step / self.seconds,
             "parameters": sum(p.numel() for p in self.learner.parameters),
-            "reach": reaches,
+            "reach": {PRECISIONS[p]: reaches[p] for p in precisions},
             "not_possible": {str(n): f"beyond the {limit} positions of the model" for n in beyond},
             "cuda_graph": self.learner.used_graph,
         }

@@ -66,9 +66,7 @@ class StateTrackingSettings(BaseModel):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=1.0, gt=0)
-    # "bf16": autocast; "pure_bf16": a copy of the weights in bf16 computes, so that nothing is cast
-    # and gradients are summed up in bf16. The optimiser has float32 weights either way
-    precision: Literal["bf16", "pure_bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32"] = "bf16"  # "bf16": autocast, and float32 weights
     stories: int | None = Field(default=None, ge=1)  # fixed words repeated for epochs
     ema: float = Field(default=0.0, ge=0, lt=1)  # decay of the averaged weights; 0: none
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from scanlm import baselines
 from scanlm.baselines import ModelEntry, load_entry
@@ -139,12 +140,8 @@ class Learner:
         self.settings, self.device, self.capture = settings, device, capture
         self.group = get_group(settings.group)
         self.model = build_model(settings, device)
-        # what computes, and what is optimised: float32, and the same tensors unless pure_bf16
-        self.weights: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
-        self.parameters = self.weights
-        if settings.precision == "pure_bf16":
-            self.parameters = [w.detach().clone() for w in self.weights]
-            self.model.to(torch.bfloat16)
+        self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        self.halved = self._halve_products()
         if settings.compile:
             compile_model(self.model, many_shapes=True)
         self.lr = torch.zeros((), device=device)
@@ -167,6 +164,27 @@ class Learner:
         self.used_graph = False
         if any(stage.state_noise for stage in settings.stages):
             self.model.get_submodule("t1").register_forward_hook(self._add_noise)
+
+    def _halve_products(self) -> dict[str, tuple[Conv1D, nn.Parameter]]:
+        """Cast the matrices of T1 and T2 once a step instead of in each of T1's calls.
+
+        Compiled code casts where it multiplies: T1's weights, and then their gradients, once a
+        level of the tree, which reads and writes as much as the states do. Autocast's own cache of
+        casts, which compiled code does not use, has the same effect as this one: gradients of the
+        levels are summed up in bfloat16.
+
+        Returns:
+            By name the modules that hold a bfloat16 copy from now on, and what is optimised.
+        """
+        if self.settings.precision != "bf16" or self.settings.model != "scan":
+            return {}
+        halved = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, Conv1D):
+                exact = module.weight
+                module.weight = nn.Parameter(exact.detach().bfloat16())
+                halved[f"{name}.weight"] = module, exact
+        return halved
 
     def _add_noise(self, module: nn.Module, _inputs: Any, states: list[Tensor]) -> list[Tensor]:
         largest = self.stage.state_noise if self.stage is not None and module.training else 0.0
@@ -229,26 +247,26 @@ class Learner:
             self.stage_step_on_device += 1
 
     def _forget_gradients(self) -> None:
-        for tensor in (*self.weights, *self.parameters):
+        for tensor in (*self.parameters, *(module.weight for module, _ in self.halved.values())):
             tensor.grad = None
 
     def _take_gradients(self) -> None:
-        """Gradients of the weights that compute to those that are optimised."""
-        if self.weights is self.parameters:
-            return
+        """Gradients of the copies to what is optimised."""
         own, computed = [], []
-        for parameter, weight in zip(self.parameters, self.weights, strict=True):
-            if weight.grad is not None:
-                parameter.grad = torch.empty_like(parameter)
-                own.append(parameter.grad)
-                computed.append(weight.grad)
-        torch._foreach_copy_(own, computed)
+        for module, exact in self.halved.values():
+            if module.weight.grad is not None:
+                exact.grad = torch.empty_like(exact)
+                own.append(exact.grad)
+                computed.append(module.weight.grad)
+        if own:
+            torch._foreach_copy_(own, computed)
 
+    @torch.no_grad()
     def _give_weights(self) -> None:
-        """Optimised weights to those that compute."""
-        if self.weights is not self.parameters:
-            with torch.no_grad():
-                torch._foreach_copy_(self.weights, self.parameters)
+        """What is optimised to the copies."""
+        if self.halved:
+            modules, exact = zip(*self.halved.values(), strict=True)
+            torch._foreach_copy_([module.weight for module in modules], exact)
 
     @torch.no_grad()
     def validate_step(self) -> None:
@@ -347,23 +365,30 @@ class Learner:
         return graph.replay
 
     def end(self) -> None:
-        """Put the final weights into the model, in float32: the averaged ones if there are any."""
+        """No more steps: free what they held, and take the averaged weights if there are any."""
         self._step_graph = self._validation_graph = None
         self._forget_gradients()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # evaluations cannot use what graphs, also old ones, held
-        self.model.float()
-        final = self.ema or self.parameters
-        with torch.no_grad():
-            for parameter, weight in zip(self.model.parameters(), final, strict=True):
-                parameter.copy_(weight)
+        if self.ema:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, self.ema)
+            self._give_weights()
+
+    def make_exact(self) -> None:
+        """After ``end``: the model in float32."""
+        for module, exact in self.halved.values():
+            module.weight = exact
+        self.halved = {}
 
     def state(self) -> dict[str, Any]:
         """All that a run needs to go on, besides its settings."""
         return {
             "step": self.step,
-            "model": self.model.state_dict(),
-            "parameters": self.parameters if self.parameters is not self.weights else [],
+            "model": {
+                **self.model.state_dict(),
+                **{name: exact.detach() for name, (_, exact) in self.halved.items()},
+            },
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema,
         }
@@ -372,9 +397,9 @@ class Learner:
         """Continue from ``state()``."""
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
-        if state["parameters"]:  # the model holds them rounded
-            with torch.no_grad():
-                torch._foreach_copy_(self.parameters, state["parameters"])
+        with torch.no_grad():
+            for name, (_, exact) in self.halved.items():
+                exact.copy_(state["model"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr  # loading has replaced the tensor that steps write to

@@ -39,6 +39,9 @@ def test_rates_are_sums_over_the_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     ]  # fmt: skip
     assert set(rates["way"]) == {"eager"}
     assert advanced[0] == 2 * advanced[1] == 2 * advanced[2]  # the first is in every measurement
+    kernels = read_metrics(run.folder).query("name == 'kernel_milliseconds'")
+    assert set(zip(kernels["length"], kernels["runs"], strict=True)) == {(2, 1), (4, 1)}
+    assert {"aten::addmm", "aten::_fused_adamw_"} <= set(kernels["kernel"])
     assert run.summary["steps_per_second"] == {"eager, length 2": 30.0, "eager, length 4": 30.0}
     assert len(lines) == 4
 
@@ -56,6 +59,13 @@ def test_steps_are_taken_in_turns() -> None:
     assert [learner.steps for learner in both] == [[20, 20, 10]] * 2
 
 
+@pytest.fixture
+def no_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profiles take seconds."""
+    monkeypatch.setattr(state_tracking, "kernel_milliseconds", lambda *_: {})
+
+
+@pytest.mark.usefixtures("no_profile")
 def test_an_interrupted_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = state_tracking._measure, []
 
@@ -113,6 +123,7 @@ def test_lengths_are_the_presets(preset: str, lengths: tuple[int, ...]) -> None:
     assert StateSpeedSettings(preset=preset).chosen_lengths() == lengths
 
 
+@pytest.mark.usefixtures("no_profile")
 def test_lengths_that_are_named_or_not_are_one_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +135,7 @@ def test_lengths_that_are_named_or_not_are_one_record(
     assert benchmark_state_tracking(named, lambda line: None).folder == run.folder
 
 
+@pytest.mark.usefixtures("no_profile")
 def test_the_command(tmp_path: Path) -> None:
     words = ["benchmark", "state-tracking", "--preset", "smoke", "--lengths", "2", "--runs", "1"]
     words += ["--steps", "20", "--seconds", "0", "--device", "cpu", "--root", str(tmp_path)]

@@ -3,8 +3,8 @@
 Three ways to do the same step: ``eager`` starts every kernel from the host, ``captured`` replays it
 as one CUDA graph, ``compiled`` has the model's parts fused by ``torch.compile`` as well. Each is
 measured for words of several lengths and for several runs side by side in one process, whose rates
-are summed up. Recorded in a run of the experiment ``state_tracking_speed``; an interrupted run goes
-on when started again.
+are summed up. Of one run alone the time of each kernel is measured, too. Recorded in a run of the
+experiment ``state_tracking_speed``; an interrupted run goes on when started again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from scanlm.benchmark.checks import check_filled, check_once, check_positive, check_some
+from scanlm.benchmark.kernel_times import kernel_milliseconds, short_name
 from scanlm.benchmark.timing import synchronize
 from scanlm.curriculum_settings import Stage, StateTrackingSettings, preset_settings
 from scanlm.curriculum_step import EAGER_STEPS, Learner
@@ -25,6 +26,7 @@ from scanlm.values import check_duration
 
 WAYS = ("eager", "captured", "compiled")
 TURN = 20  # steps that one run queues before the next one does
+PROFILED = 10  # steps
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,11 @@ def benchmark_state_tracking(
                 for count in settings.runs:
                     if (way, length, count) in done:
                         continue
-                    axes = {"way": way, "length": length, "runs": count}
-                    for name, value in _measure(settings, way, length, count, learners, device):
-                        run.log(name, value, precision=example.precision, **axes)
+                    axes: dict[str, Any] = {"way": way, "length": length, "runs": count}
+                    axes["precision"] = example.precision
+                    measured = _measure(settings, way, length, count, learners, device)
+                    for name, value, more in measured:
+                        run.log(name, value, **axes, **more)
                         if name == "steps_per_second":
                             label = f"{count} run{'s' if count > 1 else ''} at length {length}"
                             report(f"{way}, {label}: {value:,.1f} steps/s")
@@ -157,7 +161,7 @@ def _measure(
     count: int,
     learners: list[Learner],
     device: Any,
-) -> Iterator[tuple[str, float]]:
+) -> Iterator[tuple[str, float, dict[str, Any]]]:
     """Time ``count`` runs side by side; runs that are missing are added to ``learners``."""
     import torch
 
@@ -177,10 +181,14 @@ def _measure(
     each = _seconds(chosen, 2, device) / 2
     turns = max(min(settings.steps, int(settings.seconds / each)) // TURN, 1)
     seconds = _seconds(chosen, turns * TURN, device)
-    yield "setup_seconds", setup
+    yield "setup_seconds", setup, {}
     if device.type == "cuda":
-        yield "peak_memory_bytes", torch.cuda.max_memory_allocated(device)
-    yield "steps_per_second", count * turns * TURN / seconds
+        yield "peak_memory_bytes", torch.cuda.max_memory_allocated(device), {}
+    if count == 1:
+        times = kernel_milliseconds(lambda: chosen[0].advance(1), PROFILED, device, short_name)
+        for kernel, spent in times.items():
+            yield "kernel_milliseconds", spent, {"kernel": kernel, "n": PROFILED}
+    yield "steps_per_second", count * turns * TURN / seconds, {}
 
 
 def _seconds(learners: Sequence[Learner], steps: int, device: Any) -> float:

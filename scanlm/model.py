@@ -155,11 +155,11 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         positions = torch.arange(start, stop, device=input_ids.device)
         if self.config.position_embedding == "chunk":
             positions = positions % self.config.chunk_size
-        return self.drop(self.leaves(self.wte(input_ids), self.wpe(positions)))
+        return self.leaves(self.wte(input_ids), self.wpe(positions))
 
     def leaves(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Embeddings ``(b, t, d)`` and ``(t, d)`` to leaves, in the residual stream's precision."""
-        x = self.leaf_norm(tokens + positions)
+        x = self.drop(self.leaf_norm(tokens + positions))
         if self.half_residual and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
@@ -203,16 +203,19 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         bare = 1 if prefixes is None or prefixes.shape[1] < full + (rest > 0) else 0
         windows, keep = [], []
         first = max(skip, bare)
+        before = min(first * c, t)
+        body = max(full - first, 0) * c
+        alone, chunks, partial = x.split([before, body, t - before - body], dim=1)
         if bare and not skip:
-            windows.append(x[:, :c])
-            keep.append(min(c, t))
-        if prefixes is not None and full > first:
-            chunks = x[:, first * c : full * c].unflatten(1, (-1, c))
+            windows.append(alone)
+            keep.append(before)
+        if prefixes is not None and body:
+            chunks = chunks.unflatten(1, (-1, c))
             pairs = torch.cat([prefixes[:, first - bare : full - bare], chunks], dim=2)
             windows.append(pairs.flatten(0, 1))
             keep.append(c)
         if prefixes is not None and rest:
-            windows.append(torch.cat([prefixes[:, full - bare], x[:, full * c :]], dim=1))
+            windows.append(torch.cat([prefixes[:, full - bare], partial], dim=1))
             keep.append(rest)
         hidden = [h.reshape(b, -1, d) for h in self.t2(windows, keep)]
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)

@@ -107,7 +107,7 @@ class _Call:
     folds: tuple[Combine, ...]  # of a shorter prefix and a tree
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)  # of 2,047 leaves a plan takes a megabyte, and 4 ms to make
 def _schedule(n: int, seeded: bool) -> tuple[_Call, ...]:
     """Plan prefix(1) ... prefix(n) so that each node is made as early as its operands allow.
 

@@ -142,11 +142,10 @@ def benchmark_state_tracking(
                 for count in settings.runs:
                     if (way, length, count) in done:
                         continue
-                    axes: dict[str, Any] = {"way": way, "length": length, "runs": count}
-                    axes["precision"] = example.precision
+                    axes = {"way": way, "length": length, "runs": count}
                     measured = _measure(settings, way, length, count, learners, device)
                     for name, value, more in measured:
-                        run.log(name, value, **axes, **more)
+                        run.log(name, value, precision=example.precision, **axes, **more)
                         if name == "steps_per_second":
                             label = f"{count} run{'s' if count > 1 else ''} at length {length}"
                             report(f"{way}, {label}: {value:,.1f} steps/s")

@@ -26,8 +26,9 @@ SHAPES = 64  # a curriculum has a shape a stage; beyond torch's own limit it wou
 def compile_model(model: nn.Module, backend: str = "inductor", many_shapes: bool = False) -> None:
     """Compile a model in place; its parameters keep their names.
 
-    A scan model: the leaves, T2's blocks and its final norm, T1 for any number of pairs, and the
-    loss. Mamba-2, GLA and Gated DeltaNet in plain torch: their blocks. Another model: as a whole.
+    A scan model: the leaves, T1 for any number of pairs, T2's windows, blocks and final norm, and
+    the loss. Mamba-2, GLA and Gated DeltaNet in plain torch: their blocks. Another model: as a
+    whole.
     Call it before the model is wrapped for several ranks, and evaluate under ``as_compiled``.
 
     Args:
@@ -39,6 +40,8 @@ def compile_model(model: nn.Module, backend: str = "inductor", many_shapes: bool
     kernels.trusted(next(model.parameters()).device)
     # else what a model computes outside of autocast (the recurrences) has its backward pass in it
     torch._functorch.config.backward_pass_autocast = "off"
+    # fused kernels would make a whole draw of four numbers for each number of dropout
+    torch._inductor.config.fallback_random = True
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
     blocks = _equal_blocks(model, many_shapes)
     if blocks is None:
@@ -51,6 +54,7 @@ def compile_model(model: nn.Module, backend: str = "inductor", many_shapes: bool
     model.t1.compile(backend=backend)  # its second shape is compiled for every number of pairs
     for owner, name in (
         (model, "leaves"),
+        (model, "windows"),
         (model.t2, "finish"),
         (model, "linear_cross_entropy"),
     ):

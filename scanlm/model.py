@@ -166,7 +166,11 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
 
     def aggregate(self, left: Tensor, right: Tensor) -> Tensor:
         """T1: two states ``(n, c, d)`` to the state of their concatenated chunks."""
-        return self.t1([torch.cat([left, right], dim=1)], [right.shape[1]])[0]
+        return self.aggregate_pairs(torch.stack([left, right], dim=1))
+
+    def aggregate_pairs(self, pairs: Tensor) -> Tensor:
+        """T1 of states that lie side by side: ``(n, 2, c, d)`` to ``(n, c, d)``."""
+        return self.t1([pairs.flatten(1, 2)], [pairs.shape[2]])[0]
 
     def prefix_states(self, leaves: Tensor) -> Tensor:
         """States of the first 1, 2, ... m chunks: leaves ``(b, m, c, d)`` to ``(b, m, c, d)``."""
@@ -174,7 +178,7 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
             chunks = [*leaves.unbind(1), leaves[:, 0]]  # the last leaf enters no exclusive prefix
             prefixes = sequential_scan(self.aggregate, chunks)[1:]
             return torch.stack([p for p in prefixes if p is not None], dim=1)
-        return scan_tree(self.aggregate, leaves).prefixes
+        return scan_tree(self.aggregate_pairs, leaves).prefixes
 
     # T2
 
@@ -196,7 +200,15 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         Returns:
             Hidden states ``(b, t - skip * c, d)``.
         """
-        b, t, d = x.shape
+        b, _, d = x.shape
+        hidden = [h.reshape(b, -1, d) for h in self.t2(*self.windows(x, prefixes, skip))]
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
+
+    def windows(
+        self, x: Tensor, prefixes: Tensor | None, skip: int
+    ) -> tuple[list[Tensor], list[int]]:
+        """What T2 reads, by length, and how many positions of each are wanted; see ``predict``."""
+        _, t, _ = x.shape
         c = self.config.chunk_size
         full, rest = divmod(t, c)
         prefixes = None if prefixes is None else self.mark(prefixes)
@@ -217,8 +229,7 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         if prefixes is not None and rest:
             windows.append(torch.cat([prefixes[:, full - bare], partial], dim=1))
             keep.append(rest)
-        hidden = [h.reshape(b, -1, d) for h in self.t2(windows, keep)]
-        return hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
+        return windows, keep
 
     # Whole sequences and streams
 
@@ -267,7 +278,7 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         """Several whole chunks ``(b, n c, d)`` in parallel, read into the counter."""
         c = self.config.chunk_size
         counter, initial = cache.counter, cache.counter.prefix
-        tree = scan_tree(self.aggregate, x.unflatten(1, (-1, c)), initial)
+        tree = scan_tree(self.aggregate_pairs, x.unflatten(1, (-1, c)), initial)
         n = tree.prefixes.shape[1]
         if counter.num_chunks and lowest_bit(counter.num_chunks) == n:
             counter.push(tree.trees[0, n].clone(), height=n.bit_length() - 1)

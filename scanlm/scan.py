@@ -163,19 +163,20 @@ class ScanTree:
 
 
 def scan_tree(
-    combine: Callable[[Tensor, Tensor], Tensor],
+    combine: Callable[[Tensor], Tensor],
     leaves: Tensor,
     initial: Tensor | None = None,
     trace: Trace | None = None,
 ) -> ScanTree:
     """Evaluate every prefix of ``leaves`` with as few, as large and as early calls as possible.
 
-    Nodes are unbound from the call that makes them and stacked for the calls that read them: one
-    copy each way, and in the backward pass one sum where several nodes read one. Slices of whole
-    levels would each fill a level with zeros there.
+    Nodes are unbound from the call that makes them and laid out side by side, left beside right,
+    for the call that reads them: one copy, and in the backward pass one sum where several nodes
+    read one. Slices of whole levels would each fill a level with zeros there.
 
     Args:
-        combine: maps two states ``(batch * pairs, ...)`` to one of the same shape.
+        combine: maps pairs of states ``(batch * pairs, 2, ...)`` to states ``(batch * pairs,
+            ...)``.
         leaves: ``(batch, n, ...)`` with n >= 1.
         initial: ``(batch, ...)``, the fold of all earlier chunks, from which every prefix starts.
             The result equals the scan over the whole past if the number of earlier chunks is a
@@ -189,11 +190,12 @@ def scan_tree(
     trees = {(i, i + 1): leaf for i, leaf in enumerate(leaves.unbind(1))}
     prefixes = {(0, 1): trees[0, 1]} if initial is None else {(0, 0): initial}
     for call in _schedule(n, initial is not None):
-        lefts = [trees[node.left] for node in call.trees]
-        lefts += [prefixes[node.left] for node in call.folds]
-        nodes = (*call.trees, *call.folds)
-        left, right = torch.stack(lefts, 1), torch.stack([trees[node.right] for node in nodes], 1)
-        made = combine(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, (batch, -1)).unbind(1)
+        operands = [side for node in call.trees for side in (trees[node.left], trees[node.right])]
+        operands += [
+            side for node in call.folds for side in (prefixes[node.left], trees[node.right])
+        ]
+        pairs = torch.stack(operands, 1).unflatten(1, (-1, 2)).flatten(0, 1)
+        made = combine(pairs).unflatten(0, (batch, -1)).unbind(1)
         for node, state in zip(call.trees, made, strict=False):
             trees[node.out] = state
             if initial is None and node.left[0] == 0:
@@ -201,7 +203,7 @@ def scan_tree(
         for node, state in zip(call.folds, made[len(call.trees) :], strict=True):
             prefixes[node.out] = state
         if trace is not None:
-            trace.extend(nodes)
+            trace.extend(call.trees + call.folds)
     return ScanTree(torch.stack([prefixes[0, i] for i in range(1, n + 1)], 1), trees)
 
 
@@ -228,7 +230,8 @@ def blelloch_scan(
     zeros = torch.zeros_like(x[:, :1])
     if x.shape[1] == 1:
         return zeros
-    return torch.cat([zeros, scan_tree(combine, x[:, :-1], trace=trace).prefixes], 1)
+    tree = scan_tree(lambda pairs: combine(*pairs.unbind(1)), x[:, :-1], trace=trace)
+    return torch.cat([zeros, tree.prefixes], 1)
 
 
 class OnlineScan(Generic[T]):

@@ -206,7 +206,8 @@ def test_a_scan_goes_on_from_an_earlier_fold(start: int, data: st.DataObject) ->
         online.push(name)
     spelling.strings.append(online.prefix or "")
     initial = torch.tensor([past + n])
-    tree = scan_tree(spelling.combine, torch.arange(past, past + n)[None], initial)
+    leaves = torch.arange(past, past + n)[None]
+    tree = scan_tree(lambda pairs: spelling.combine(*pairs.unbind(1)), leaves, initial)
     made = [spelling.strings[k] for k in tree.prefixes[0].tolist()]
     assert made == [bracketing(past + i + 1) for i in range(n)]
 

@@ -50,7 +50,7 @@ class Exact(nn.Module):
         return self.wte(product) + behind + self.drift
 
     def prefix_states(self, leaves: Tensor) -> Tensor:
-        return scan_tree(self.aggregate, leaves).prefixes
+        return scan_tree(lambda pairs: self.aggregate(*pairs.unbind(1)), leaves).prefixes
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
         return SimpleNamespace(logits=self.wte(running_products(self.group.table, input_ids)))

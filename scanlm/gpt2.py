@@ -16,7 +16,7 @@ Shapes: ``n`` windows, ``s`` tokens a window, ``d`` = n_embd, ``h`` heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +41,7 @@ TINY_WINDOW = 4  # tokens; longer windows go to a fused attention kernel
 GROWING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 if kernels.available:
-    from scanlm.kernels import gelu, windows
+    from scanlm.kernels import gelu, tiny_windows, windows
 
 
 @dataclass(frozen=True)
@@ -129,21 +129,10 @@ class Attention(nn.Module):
 
         ``past`` (for a single group) holds earlier tokens of the windows and is extended by ``x``.
         """
+        if past is None and self._kernel_fits(x, groups):
+            return self.resid_dropout(self.c_proj(self._by_kernel(x, groups, only_kept)))
         d = x.shape[-1]
         weight, bias = self.c_attn.weight, self.c_attn.bias
-        if past is None and self._kernel_fits(x, groups):
-            asking = torch.mm(take_kept(x, groups), weight[:, :d]) if only_kept else None
-            out, _ = windows.window_attention(
-                torch.mm(x, weight[:, d:] if only_kept else weight),
-                asking,
-                bias,
-                [g.count for g in groups],
-                [g.length for g in groups],
-                [g.keep for g in groups],
-                self.n_head,
-                self.causal,
-            )
-            return self.resid_dropout(self.c_proj(out))
         if only_kept:
             query = torch.addmm(bias[:d], take_kept(x, groups), weight[:, :d])
             key, value = torch.addmm(bias[d:], x, weight[:, d:]).split(d, dim=-1)
@@ -161,14 +150,38 @@ class Attention(nn.Module):
         return self.resid_dropout(self.c_proj(out))
 
     def _kernel_fits(self, x: Tensor, groups: Sequence[Windows]) -> bool:
-        """Whether the kernel for short windows computes this: without dropout of weights."""
+        """Whether a kernel computes this; that for longer windows drops no weights."""
         longest = max(g.length for g in groups)
         return (
-            longest > TINY_WINDOW
-            and not (self.training and self.attn_pdrop)
+            (longest <= TINY_WINDOW or not (self.training and self.attn_pdrop))
             and kernels.usable(x)
             and max(longest, x.shape[-1] // self.n_head) <= windows.LONGEST
         )
+
+    def _by_kernel(self, x: Tensor, groups: Sequence[Windows], only_kept: bool) -> Tensor:
+        weight, bias, d = self.c_attn.weight, self.c_attn.bias, x.shape[-1]
+        counts, lengths = [g.count for g in groups], [g.length for g in groups]
+        keeps = [g.keep for g in groups]
+        if max(lengths) <= TINY_WINDOW:  # a product of all is faster than one of few queries
+            asked = keeps if only_kept else lengths
+            drop = None
+            if self.training and self.attn_pdrop:
+                weights = tiny_windows.num_weights(counts, lengths, asked, self.n_head)
+                drop = F.dropout(x.new_ones(weights, dtype=torch.float32), self.attn_pdrop)
+            return tiny_windows.tiny_window_attention(
+                torch.mm(x, weight), drop, bias, counts, lengths, asked, self.n_head, self.causal
+            )[0]
+        queries = torch.mm(take_kept(x, groups), weight[:, :d]) if only_kept else None
+        return windows.window_attention(
+            torch.mm(x, weight[:, d:] if only_kept else weight),
+            queries,
+            bias,
+            counts,
+            lengths,
+            keeps,
+            self.n_head,
+            self.causal,
+        )[0]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, past: KeyValues | None) -> Tensor:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -256,6 +269,7 @@ class Stack(nn.Module):
         self.n_head = config.n_head
         self.h = nn.ModuleList([Block(config, num_layers, causal) for _ in range(num_layers)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.disturb: Callable[[Tensor], Tensor] | None = None  # of what is returned, in training
 
     def forward(
         self,
@@ -283,6 +297,8 @@ class Stack(nn.Module):
         for i, block in enumerate(self.h):
             x, added = block(x, added, groups, skip and i == last, past[i] if past else None)
         x = self.finish(x, added)
+        if self.disturb is not None and self.training:
+            x = self.disturb(x)
         kept = x.split([g.count * g.keep for g in groups])
         return [t.view(g.count, g.keep, -1) for t, g in zip(kept, groups, strict=True)]
 

@@ -1,6 +1,9 @@
 """The Triton kernels against plain torch: on a GPU, or on a CPU in Triton's interpreter."""
 
 import math
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from scanlm import ScanLMConfig, ScanLMForCausalLM, gpt2, kernels, loss
 from scanlm.decoder import Decoder
-from scanlm.kernels import cross_entropy, decode, gelu, trial, windows
+from scanlm.kernels import cross_entropy, decode, gelu, tiny_windows, trial, windows
 from scanlm.loss import IGNORE, rows_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,6 +25,7 @@ def kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the kernels whatever the device and the precision."""
     monkeypatch.setattr(kernels, "usable", lambda x: True)
     monkeypatch.setattr(gpt2, "windows", windows, raising=False)
+    monkeypatch.setattr(gpt2, "tiny_windows", tiny_windows, raising=False)
     monkeypatch.setattr(gpt2, "gelu", gelu, raising=False)
     monkeypatch.setattr(loss, "cross_entropy", cross_entropy, raising=False)
 
@@ -94,6 +98,51 @@ def test_attention_in_windows(shape: tuple[Groups, int, int], apart: bool, causa
         close(mine, theirs)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("groups", "heads", "features"),
+    [([(3, 1, 1), (35, 2, 1)], 2, 16), ([(17, 4, 2), (2, 3, 3)], 3, 24), ([(1, 4, 4)], 1, 64)],
+)
+def test_attention_in_tiny_windows(
+    groups: Groups, heads: int, features: int, dropout: float, causal: bool
+) -> None:
+    d = heads * features
+    torch.manual_seed(0)
+    packed = randn(sum(n * s for n, s, _ in groups), 3 * d).requires_grad_()
+    bias = randn(3 * d).requires_grad_()
+    counts, lengths, keeps = (list(column) for column in zip(*groups, strict=True))
+    weights = tiny_windows.num_weights(counts, lengths, keeps, heads)
+    drop = F.dropout(torch.ones(weights, device=DEVICE), dropout) if dropout else None
+    out, _ = tiny_windows.tiny_window_attention(
+        packed, drop, bias, counts, lengths, keeps, heads, causal
+    )
+    factors = torch.ones(weights, device=DEVICE) if drop is None else drop
+    outputs, at, seen = [], 0, 0
+    q_all, k_all, v_all = ((packed + bias)[:, i * d : (i + 1) * d] for i in range(3))
+    for n, s, a in groups:
+        of_group = factors[seen : seen + n * a * heads * s].view(n, a, heads, s)
+        seen += n * a * heads * s
+        for window in range(n):
+            rows = slice(at + window * s, at + window * s + s)
+            q, k, v = (x[rows].view(s, heads, features) for x in (q_all, k_all, v_all))
+            mask = torch.ones(a, s, dtype=torch.bool, device=DEVICE).tril(s - a)
+            score = torch.einsum("qhf,khf->qhk", q[s - a :], k) / math.sqrt(features)
+            score = score.masked_fill(~mask[:, None], -math.inf) if causal else score
+            dropped = score.softmax(-1) * of_group[window]
+            outputs.append(torch.einsum("qhk,khf->qhf", dropped, v).reshape(a, d))
+        at += n * s
+    expected = torch.cat(outputs)
+    grad = torch.randn_like(out)
+    close(out, expected)
+    for mine, theirs in zip(
+        torch.autograd.grad(out, (packed, bias), grad),
+        torch.autograd.grad(expected, (packed, bias), grad),
+        strict=True,
+    ):
+        close(mine, theirs)
+
+
 @pytest.mark.parametrize(("rows", "n"), [(1, 8), (37, 300), (130, 512)])
 def test_bias_and_gelu(rows: int, n: int) -> None:
     torch.manual_seed(0)
@@ -156,7 +205,15 @@ def loss_and_gradients(model: ScanLMForCausalLM, ids: Tensor) -> tuple[Tensor, l
     return value, list(torch.autograd.grad(value, list(model.parameters())))
 
 
-@pytest.mark.parametrize("overrides", [{}, {"t1_layers": 2, "t1_causal": True, "leaf_norm": False}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"t1_layers": 2, "t1_causal": True, "leaf_norm": False},
+        {"chunk_size": 1},
+        {"chunk_size": 2, "t1_layers": 2},
+    ],
+)
 @pytest.mark.parametrize("tokens", [30, 40])
 def test_a_model_with_kernels_is_the_plain_model(
     tokens: int, overrides: dict[str, Any], request: pytest.FixtureRequest
@@ -185,6 +242,53 @@ def test_dropout_of_attention_weights_is_not_skipped(
         model.eval()(ids)
 
 
+def test_dropout_of_the_weights_of_tiny_windows_is_the_kernels_own(
+    kernels_everywhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Tensor | None] = []
+    right = tiny_windows.tiny_window_attention
+
+    def seen(packed: Tensor, drop: Tensor | None, *rest: Any) -> Any:
+        given.append(drop)
+        return right(packed, drop, *rest)
+
+    monkeypatch.setattr(tiny_windows, "tiny_window_attention", seen)
+    model = build(chunk_size=1, attn_pdrop=0.5).train()
+    ids = torch.randint(101, (4, 20), device=DEVICE)
+    model(ids)
+    assert all(drop is not None for drop in given)
+    values = torch.cat([drop for drop in given if drop is not None])
+    assert values.unique().tolist() == [0, 2]
+    assert values.mean().item() == pytest.approx(1, abs=0.1)
+    given.clear()
+    model.eval()(ids)
+    assert given
+    assert all(drop is None for drop in given)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from scanlm.kernels import tiny_windows
+
+constants = {"S": 3, "A": 2, "H": 12, "D": 64, "A_TILE": 2, "D_TILE": 64, "BLOCK": 32}
+constants |= {"SCALE": 0.125, "CAUSAL": True, "DROP": True}
+for kernel in (tiny_windows.tiny_forward_kernel, tiny_windows.tiny_backward_kernel):
+    types = {name: "*bf16" for name in ("packed_ptr", "out_ptr", "grad_ptr", "d_packed_ptr")}
+    types |= {"N": "i32"} | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constants)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+"""
+
+
+def test_kernels_of_tiny_windows_compile_for_a_gpu() -> None:
+    """Triton's interpreter runs what its compiler refuses."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True)
+
+
 def test_the_kernels_pass_their_trial(recwarn: pytest.WarningsRecorder) -> None:
     assert trial.passes(torch.device(DEVICE))
     assert not [w for w in recwarn if "Triton kernel" in str(w.message)]
@@ -194,6 +298,11 @@ def test_the_kernels_pass_their_trial(recwarn: pytest.WarningsRecorder) -> None:
     ("module", "name", "what"),
     [
         (windows, "window_attention_backward", "attention within windows .*gradients are off by"),
+        (
+            tiny_windows,
+            "tiny_window_attention_backward",
+            "attention within tiny windows .*gradients are off by",
+        ),
         (gelu, "bias_gelu_backward", "bias and GELU .*gradients are off by"),
         (cross_entropy, "cross_entropy_rows", "the loss .*values are off by"),
     ],

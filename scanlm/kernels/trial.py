@@ -63,6 +63,7 @@ def _run(function: Callable[..., Any], inputs: list[Tensor]) -> tuple[list[Tenso
 def _cases(device: torch.device) -> Iterator[Case]:
     from scanlm.kernels.cross_entropy import cross_entropy_rows
     from scanlm.kernels.gelu import bias_gelu
+    from scanlm.kernels.tiny_windows import num_weights, tiny_window_attention
     from scanlm.kernels.windows import LONGEST, window_attention
 
     # Triton's interpreter, which runs kernels on a CPU, has no bfloat16
@@ -95,6 +96,30 @@ def _cases(device: torch.device) -> Iterator[Case]:
         k, v = (packed + bias[d:]).split(d, dim=1)
         return attention(q + bias[:d], k, v, True)
 
+    counts, lengths, keeps = [2, 20], [1, 3], [1, 2]
+    drop = torch.arange(num_weights(counts, lengths, keeps, heads), device=device) % 3 / 2
+
+    def tiny(packed: Tensor, bias: Tensor) -> Tensor:
+        return tiny_window_attention(packed, drop, bias, counts, lengths, keeps, heads, True)[0]
+
+    def plain_tiny(packed: Tensor, bias: Tensor) -> Tensor:
+        outputs, factors = [], drop.split([2 * heads, 20 * heads * 6])
+        parts = (packed + bias).split([n * s for n, s in zip(counts, lengths, strict=True)])
+        for rows, n, a, factor in zip(parts, counts, keeps, factors, strict=True):
+            q, k, v = (x.reshape(n, -1, heads, d // heads) for x in rows.split(d, dim=1))
+            score = torch.einsum("nqhf,nkhf->nqhk", q[:, -a:], k) / (d // heads) ** 0.5
+            seen = torch.ones(score.shape[1], score.shape[3], dtype=torch.bool, device=device)
+            score = score.masked_fill(~seen.tril(score.shape[3] - a)[:, None], float("-inf"))
+            weights = score.softmax(-1) * factor.view_as(score)
+            outputs.append(torch.einsum("nqhk,nkhf->nqhf", weights, v).reshape(-1, d))
+        return torch.cat(outputs)
+
+    yield (
+        "attention within tiny windows",
+        tiny,
+        plain_tiny,
+        [randn(62, 3 * d), randn(3 * d)],
+    )
     rows = 2 * LONGEST
     for causal in (True, False):
         yield (

@@ -18,6 +18,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from scanlm import baselines
 from scanlm.baselines import ModelEntry, load_entry
+from scanlm.clipped_adamw import adamw_step, clipping_factor
 from scanlm.compiling import as_compiled, compile_model
 from scanlm.curriculum_settings import Stage, StateTrackingSettings
 from scanlm.dropout import set_dropout
@@ -142,8 +144,12 @@ class Learner:
         self.model = build_model(settings, device)
         self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         self.halved = self._halve_products()
+        exact = {id(weight): module.weight for module, weight in self.halved.values()}
+        self.computing = [exact.get(id(p), p) for p in self.parameters]  # these get gradients
+        self._optimise = adamw_step
         if settings.compile:
             compile_model(self.model, many_shapes=True)
+            self._optimise = torch.compile(adamw_step, dynamic=False)
         self.lr = torch.zeros((), device=device)
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -153,6 +159,12 @@ class Learner:
             fused=True,
             capturable=device.type == "cuda",
         )
+        for p in self.parameters:  # what its own step() makes first
+            self.optimizer.state[p] = {
+                "step": torch.zeros((), device=device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
         self.ema = [p.detach().clone() for p in self.parameters] if settings.ema else []
         # the device's counters and the host's copies of them
         self.step_on_device = torch.zeros((), dtype=torch.int64, device=device)
@@ -162,8 +174,6 @@ class Learner:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.stage: Stage | None = None
         self.used_graph = False
-        if any(stage.state_noise for stage in settings.stages):
-            self.model.get_submodule("t1").register_forward_hook(self._add_noise)
 
     def _halve_products(self) -> dict[str, tuple[Conv1D, nn.Parameter]]:
         """Cast the matrices of T1 and T2 once a step instead of in each of T1's calls.
@@ -186,16 +196,15 @@ class Learner:
                 halved[f"{name}.weight"] = module, exact
         return halved
 
-    def _add_noise(self, module: nn.Module, _inputs: Any, states: list[Tensor]) -> list[Tensor]:
-        largest = self.stage.state_noise if self.stage is not None and module.training else 0.0
-        return [noisy(state, largest) for state in states] if largest else states
-
     def begin_stage(self, stage: Stage, stage_step: int = 0) -> None:
         """Prepare a stage; nothing is captured before its first steps have run."""
         self.stage = stage
         self.stage_step_on_device.fill_(stage_step)
         self.step_on_device.fill_(self.step)
         set_dropout(self.model, stage.dropout, self.settings.dropout_in)
+        if self.settings.model == "scan":  # in T1's own kernels
+            noise = partial(noisy, largest=stage.state_noise) if stage.state_noise else None
+            self.model.get_submodule("t1").disturb = noise  # type: ignore[assignment]
         self.hits = torch.zeros(stage.length + 1, dtype=torch.int64, device=self.device)
         self._eager_left = EAGER_STEPS
         self._step_graph: Any = None
@@ -234,10 +243,7 @@ class Learner:
         loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
         self._forget_gradients()
         loss.backward()
-        self._take_gradients()
-        nn.utils.clip_grad_norm_(self.parameters, settings.clip, foreach=True)
-        self.optimizer.step()
-        self._give_weights()
+        self._update()
         with torch.no_grad():
             if self.ema:
                 torch._foreach_lerp_(self.ema, self.parameters, 1 - settings.ema)
@@ -247,26 +253,33 @@ class Learner:
             self.stage_step_on_device += 1
 
     def _forget_gradients(self) -> None:
-        for tensor in (*self.parameters, *(module.weight for module, _ in self.halved.values())):
-            tensor.grad = None
+        for computing in self.computing:
+            computing.grad = None
 
-    def _take_gradients(self) -> None:
-        """Gradients of the copies to what is optimised."""
-        own, computed = [], []
-        for module, exact in self.halved.values():
-            if module.weight.grad is not None:
-                exact.grad = torch.empty_like(exact)
-                own.append(exact.grad)
-                computed.append(module.weight.grad)
-        if own:
-            torch._foreach_copy_(own, computed)
+    def _update(self) -> None:
+        """Clip and optimise, and renew the copies; weights without a gradient stay as they are."""
+        pairs = zip(self.parameters, self.computing, strict=True)
+        used = [(weight, computing) for weight, computing in pairs if computing.grad is not None]
+        gradients = [computing.grad for _, computing in used if computing.grad is not None]
+        state = [self.optimizer.state[weight] for weight, _ in used]
+        self._optimise(
+            [weight for weight, _ in used],
+            gradients,
+            [None if computing is weight else computing.detach() for weight, computing in used],
+            [s["exp_avg"] for s in state],
+            [s["exp_avg_sq"] for s in state],
+            [s["step"] for s in state],
+            clipping_factor(gradients, self.settings.clip),
+            self.lr,
+            self.settings.betas,
+            self.settings.weight_decay,
+        )
 
     @torch.no_grad()
     def _give_weights(self) -> None:
         """What is optimised to the copies."""
-        if self.halved:
-            modules, exact = zip(*self.halved.values(), strict=True)
-            torch._foreach_copy_([module.weight for module in modules], exact)
+        for module, exact in self.halved.values():
+            module.weight.copy_(exact)
 
     @torch.no_grad()
     def validate_step(self) -> None:
@@ -379,7 +392,7 @@ class Learner:
         """After ``end``: the model in float32."""
         for module, exact in self.halved.values():
             module.weight = exact
-        self.halved = {}
+        self.halved, self.computing = {}, self.parameters
 
     def state(self) -> dict[str, Any]:
         """All that a run needs to go on, besides its settings."""

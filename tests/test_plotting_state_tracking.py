@@ -271,6 +271,10 @@ def test_runs_of_almost_equal_reach_are_all_seen() -> None:
     assert list(points.get_xdata()) == [13, 14, 14, 512]
     assert len(set(points.get_ydata()[:3])) == 3
     assert points.get_ydata()[3] == 0
+    ten = pd.DataFrame({"series": "scan model", "reach": [512] * 10})
+    (points,) = (x for x in draw.reach_points(ten).axes[0].lines if len(x.get_xdata()) == 10)
+    assert len(set(points.get_ydata())) == 10
+    assert abs(points.get_ydata()).max() < 0.24  # where the label begins
 
 
 def test_only_families_have_colors_of_their_own_where_rows_are_named() -> None:

@@ -605,7 +605,9 @@ def reach_points(reaches: pd.DataFrame, source: str | None = None) -> Figure:
             ax.plot([1, middle], [row, row], color=look.color, lw=2, alpha=0.35)
             values = values.sort_values()
             near = values.groupby((values > NEAR * values.shift()).cumsum())
-            aside = 0.16 * (near.cumcount() - (near.transform("size") - 1) / 2)
+            beside = near.transform("size") - 1
+            step = (0.4 / beside.clip(lower=1)).clip(upper=0.16)  # below the label, however many
+            aside = step * (near.cumcount() - beside / 2)
             ax.plot(values, row + aside, look.marker, color=look.color, ms=8, mec=PAPER, mew=0.8)
             if several:
                 ax.plot([middle] * 2, [row - 0.24, row + 0.24], color=look.color, lw=1.4)

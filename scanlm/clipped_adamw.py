@@ -35,6 +35,7 @@ def adamw_step(
     lr: Tensor,
     betas: tuple[float, float],
     weight_decay: float,
+    eps: float,
 ) -> None:
     """One step of AdamW (Loshchilov and Hutter 2019), in place.
 
@@ -46,7 +47,7 @@ def adamw_step(
             squares, and the number of steps, a float32 scalar.
         factor: of all gradients, a scalar.
         lr: the rate, a scalar.
-        betas, weight_decay: as in ``torch.optim.AdamW``.
+        betas, weight_decay, eps: as in ``torch.optim.AdamW``.
     """
     compiling = torch.compiler.is_compiling()  # which fuses plain operations better than a kernel
     adamw(
@@ -64,7 +65,7 @@ def adamw_step(
         beta2=betas[1],
         lr=lr,
         weight_decay=weight_decay,
-        eps=1e-8,
+        eps=eps,
         maximize=False,
     )
     for weight, copy in zip(weights, copies, strict=True):

@@ -151,7 +151,7 @@ class Learner:
             compile_model(self.model, many_shapes=True)
             self._optimise = torch.compile(adamw_step, dynamic=False)
         self.lr = torch.zeros((), device=device)
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(  # its settings and state; adamw_step takes the steps
             self.parameters,
             lr=self.lr,
             betas=settings.betas,
@@ -270,16 +270,8 @@ class Learner:
             [s["exp_avg_sq"] for s in state],
             [s["step"] for s in state],
             clipping_factor(gradients, self.settings.clip),
-            self.lr,
-            self.settings.betas,
-            self.settings.weight_decay,
+            *(self.optimizer.param_groups[0][k] for k in ("lr", "betas", "weight_decay", "eps")),
         )
-
-    @torch.no_grad()
-    def _give_weights(self) -> None:
-        """What is optimised to the copies."""
-        for module, exact in self.halved.values():
-            module.weight.copy_(exact)
 
     @torch.no_grad()
     def validate_step(self) -> None:
@@ -386,7 +378,8 @@ class Learner:
         if self.ema:
             with torch.no_grad():
                 torch._foreach_copy_(self.parameters, self.ema)
-            self._give_weights()
+                for module, exact in self.halved.values():
+                    module.weight.copy_(exact)
 
     def make_exact(self) -> None:
         """After ``end``: the model in float32."""

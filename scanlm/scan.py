@@ -190,9 +190,11 @@ def scan_tree(
     trees = {(i, i + 1): leaf for i, leaf in enumerate(leaves.unbind(1))}
     prefixes = {(0, 1): trees[0, 1]} if initial is None else {(0, 0): initial}
     for call in _schedule(n, initial is not None):
-        operands = [side for node in call.trees for side in (trees[node.left], trees[node.right])]
-        operands += [
-            side for node in call.folds for side in (prefixes[node.left], trees[node.right])
+        operands = [
+            side
+            for lefts, nodes in ((trees, call.trees), (prefixes, call.folds))
+            for node in nodes
+            for side in (lefts[node.left], trees[node.right])
         ]
         pairs = torch.stack(operands, 1).unflatten(1, (-1, 2)).flatten(0, 1)
         made = combine(pairs).unflatten(0, (batch, -1)).unbind(1)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from scanlm.clipped_adamw import adamw_step, clipping_factor, total_norm
 
 SHAPES = [(30, 40), (40,), (7, 9), (9,)]
-BETAS, DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
+BETAS, DECAY, EPS, CLIP = (0.9, 0.95), 0.1, 1e-8, 1.0
 
 
 def weights() -> list[nn.Parameter]:
@@ -31,7 +31,7 @@ def test_clipped_steps_are_those_of_torch(first: torch.dtype, compiled: bool) ->
     dtypes = [first, torch.float32, first, torch.float32]
     lr = torch.tensor(0.0)
     expected, found = weights(), weights()
-    optimizer = torch.optim.AdamW(expected, lr=lr, betas=BETAS, weight_decay=DECAY)
+    optimizer = torch.optim.AdamW(expected, lr=lr, betas=BETAS, weight_decay=DECAY, eps=EPS)
     copies = [
         w.detach().to(d) if d != w.dtype else None for w, d in zip(found, dtypes, strict=True)
     ]
@@ -43,7 +43,7 @@ def test_clipped_steps_are_those_of_torch(first: torch.dtype, compiled: bool) ->
         before = [g.clone() for g in given]
         factor = clipping_factor(given, CLIP)
         assert bool(factor < 1) == (i % 2 == 1)
-        step(found, given, copies, means, squares, counts, factor, lr, BETAS, DECAY)
+        step(found, given, copies, means, squares, counts, factor, lr, BETAS, DECAY, EPS)
         assert all(torch.equal(g, b) for g, b in zip(given, before, strict=True))
         for weight, gradient in zip(expected, given, strict=True):
             weight.grad = gradient.float()

@@ -35,7 +35,13 @@ def randn(*shape: int) -> Tensor:
 
 
 def plain_attention(
-    packed: Tensor, q: Tensor | None, bias: Tensor, groups: Groups, heads: int, causal: bool
+    packed: Tensor,
+    q: Tensor | None,
+    bias: Tensor,
+    groups: Groups,
+    heads: int,
+    causal: bool,
+    drop: Tensor | None = None,
 ) -> Tensor:
     """The definition, window by window."""
     d = len(bias) // 3
@@ -44,7 +50,7 @@ def plain_attention(
     else:
         q_all = q + bias[:d]
         k_all, v_all = (packed + bias[d:]).split(d, dim=1)
-    outputs, at_q, at = [], 0, 0
+    outputs, at_q, at, at_drop = [], 0, 0, 0
     for n, s, a in groups:
         asking = s if q is None else a
         for _ in range(n):
@@ -56,7 +62,12 @@ def plain_attention(
                 if causal:
                     seen = torch.ones(asking, s, dtype=torch.bool, device=DEVICE).tril(s - asking)
                     score = score.masked_fill(~seen, -math.inf)
-                outputs.append(score.softmax(1) @ vs[:, part])
+                weights = score.softmax(1)
+                if drop is not None:
+                    factors = drop[at_drop : at_drop + asking * heads * s].view(asking, heads, s)
+                    weights = weights * factors[:, head]
+                outputs.append(weights @ vs[:, part])
+            at_drop += asking * heads * s
     rows = [torch.cat(outputs[i : i + heads], 1) for i in range(0, len(outputs), heads)]
     return torch.cat(rows)
 
@@ -64,6 +75,18 @@ def plain_attention(
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     difference = (actual.double() - expected.double()).norm()
     assert difference <= tolerance * expected.double().norm()
+
+
+def same(actual: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
+    """Values, and gradients of all inputs."""
+    grad = torch.randn_like(actual)
+    close(actual, expected)
+    for mine, theirs in zip(
+        torch.autograd.grad(actual, inputs, grad),
+        torch.autograd.grad(expected, inputs, grad),
+        strict=True,
+    ):
+        close(mine, theirs)
 
 
 SHAPES: list[tuple[Groups, int, int]] = [
@@ -87,15 +110,7 @@ def test_attention_in_windows(shape: tuple[Groups, int, int], apart: bool, causa
     counts, lengths, keeps = (list(column) for column in zip(*groups, strict=True))
     out, _ = windows.window_attention(packed, q, bias, counts, lengths, keeps, heads, causal)
     inputs = [x for x in (packed, q, bias) if x is not None]
-    expected = plain_attention(packed, q, bias, groups, heads, causal)
-    grad = torch.randn_like(out)
-    close(out, expected)
-    for mine, theirs in zip(
-        torch.autograd.grad(out, inputs, grad),
-        torch.autograd.grad(expected, inputs, grad),
-        strict=True,
-    ):
-        close(mine, theirs)
+    same(out, plain_attention(packed, q, bias, groups, heads, causal), inputs)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -117,30 +132,9 @@ def test_attention_in_tiny_windows(
     out, _ = tiny_windows.tiny_window_attention(
         packed, drop, bias, counts, lengths, keeps, heads, causal
     )
-    factors = torch.ones(weights, device=DEVICE) if drop is None else drop
-    outputs, at, seen = [], 0, 0
-    q_all, k_all, v_all = ((packed + bias)[:, i * d : (i + 1) * d] for i in range(3))
-    for n, s, a in groups:
-        of_group = factors[seen : seen + n * a * heads * s].view(n, a, heads, s)
-        seen += n * a * heads * s
-        for window in range(n):
-            rows = slice(at + window * s, at + window * s + s)
-            q, k, v = (x[rows].view(s, heads, features) for x in (q_all, k_all, v_all))
-            mask = torch.ones(a, s, dtype=torch.bool, device=DEVICE).tril(s - a)
-            score = torch.einsum("qhf,khf->qhk", q[s - a :], k) / math.sqrt(features)
-            score = score.masked_fill(~mask[:, None], -math.inf) if causal else score
-            dropped = score.softmax(-1) * of_group[window]
-            outputs.append(torch.einsum("qhk,khf->qhf", dropped, v).reshape(a, d))
-        at += n * s
-    expected = torch.cat(outputs)
-    grad = torch.randn_like(out)
-    close(out, expected)
-    for mine, theirs in zip(
-        torch.autograd.grad(out, (packed, bias), grad),
-        torch.autograd.grad(expected, (packed, bias), grad),
-        strict=True,
-    ):
-        close(mine, theirs)
+    asked = gpt2.take_kept(packed[:, :d], [gpt2.Windows(*group) for group in groups])
+    expected = plain_attention(packed[:, d:], asked, bias, groups, heads, causal, drop)
+    same(out, expected, [packed, bias])
 
 
 @pytest.mark.parametrize(("rows", "n"), [(1, 8), (37, 300), (130, 512)])
@@ -148,15 +142,7 @@ def test_bias_and_gelu(rows: int, n: int) -> None:
     torch.manual_seed(0)
     x, bias = (3 * randn(rows, n)).requires_grad_(), randn(n).requires_grad_()
     out = gelu.bias_gelu(x, bias)
-    expected = F.gelu(x + bias, approximate="tanh")
-    grad = torch.randn_like(out)
-    close(out, expected)
-    for mine, theirs in zip(
-        torch.autograd.grad(out, (x, bias), grad),
-        torch.autograd.grad(expected, (x, bias), grad),
-        strict=True,
-    ):
-        close(mine, theirs)
+    same(out, F.gelu(x + bias, approximate="tanh"), [x, bias])
 
 
 @pytest.mark.parametrize("vocab_size", [5, 300, 5000])

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scanlm.kernels.windows import Group, groups_of, shape
+
 BLOCK = 32  # windows of a program
 
 
@@ -146,35 +148,22 @@ def num_weights(counts: list[int], lengths: list[int], keeps: list[int], heads: 
     return heads * sum(n * s * a for n, s, a in groups)
 
 
-# of a group: n, s, a, its rows, its rows that ask, its weights, its programs
-Group = tuple[int, int, int, slice, slice, slice, slice]
+def _launches(
+    drop: Tensor | None, counts: list[int], lengths: list[int], keeps: list[int], heads: int
+) -> Iterator[tuple[Group, Tensor | None, int]]:
+    """Of each group where it lies, its part of ``drop``, and its number of programs."""
+    groups = groups_of(counts, lengths, keeps)
+    sizes = [n * s * a * heads for n, s, a, _, _ in groups]
+    drops = [None] * len(groups) if drop is None else drop.split(sizes)
+    for group, own in zip(groups, drops, strict=True):
+        yield group, own, triton.cdiv(group[0], BLOCK)
 
 
-def _groups(counts: list[int], lengths: list[int], keeps: list[int], heads: int) -> Iterator[Group]:
-    first, first_asked, first_weight, first_program = 0, 0, 0, 0
-    for n, s, a in zip(counts, lengths, keeps, strict=True):
-        rows = slice(first, first + n * s)
-        asked = slice(first_asked, first_asked + n * a)
-        weights = slice(first_weight, first_weight + n * s * a * heads)
-        programs = slice(first_program, first_program + triton.cdiv(n, BLOCK))
-        yield n, s, a, rows, asked, weights, programs
-        first, first_asked, first_weight = rows.stop, asked.stop, weights.stop
-        first_program = programs.stop
-
-
-def _shape(packed: Tensor, s: int, a: int, heads: int, causal: bool) -> dict[str, object]:
-    features = packed.shape[1] // (3 * heads)
-    return {
-        "S": s,
-        "A": a,
-        "H": heads,
-        "D": features,
-        "A_TILE": triton.next_power_of_2(a),
-        "D_TILE": triton.next_power_of_2(features),
-        "BLOCK": BLOCK,
-        "SCALE": features**-0.5,
-        "CAUSAL": causal,
-    }
+def _constants(
+    queries: Tensor, drop: Tensor | None, s: int, a: int, heads: int, causal: bool
+) -> dict[str, object]:
+    tiles = {"A_TILE": triton.next_power_of_2(a), "BLOCK": BLOCK, "DROP": drop is not None}
+    return shape(queries, heads, s, a, causal) | tiles
 
 
 @torch.library.custom_op("scanlm::tiny_window_attention", mutates_args=())
@@ -206,16 +195,15 @@ def tiny_window_attention(
     queries = sum(n * a for n, a in zip(counts, keeps, strict=True))
     out = packed.new_empty(queries, packed.shape[1] // 3)
     norms = packed.new_empty(queries * heads, dtype=torch.float32)
-    for n, s, a, rows, asked, weights, _ in _groups(counts, lengths, keeps, heads):
-        tiny_forward_kernel[triton.cdiv(n, BLOCK), heads](
+    for (n, s, a, asked, rows), own, programs in _launches(drop, counts, lengths, keeps, heads):
+        tiny_forward_kernel[programs, heads](
             packed[rows],
             bias,
-            bias if drop is None else drop[weights],
+            bias if own is None else own,
             out[asked],
             norms[asked.start * heads :],
             n,
-            DROP=drop is not None,
-            **_shape(packed, s, a, heads, causal),
+            **_constants(out, own, s, a, heads, causal),
         )
     return out, norms
 
@@ -244,22 +232,23 @@ def tiny_window_attention_backward(
     """Gradients of ``packed`` and ``bias``."""
     packed, grad, out = packed.contiguous(), grad.contiguous(), out.contiguous()
     d_packed = torch.empty_like(packed)
-    programs = sum(triton.cdiv(n, BLOCK) for n in counts)
-    parts = packed.new_empty(programs, len(bias), dtype=torch.float32)
-    for n, s, a, rows, asked, weights, own in _groups(counts, lengths, keeps, heads):
-        tiny_backward_kernel[triton.cdiv(n, BLOCK), heads](
+    all_programs = sum(triton.cdiv(n, BLOCK) for n in counts)
+    parts = packed.new_empty(all_programs, len(bias), dtype=torch.float32)
+    first = 0
+    for (n, s, a, asked, rows), own, programs in _launches(drop, counts, lengths, keeps, heads):
+        tiny_backward_kernel[programs, heads](
             packed[rows],
             bias,
-            bias if drop is None else drop[weights],
+            bias if own is None else own,
             out[asked],
             norms[asked.start * heads :],
             grad[asked],
             d_packed[rows],
-            parts[own],
+            parts[first:],
             n,
-            DROP=drop is not None,
-            **_shape(packed, s, a, heads, causal),
+            **_constants(out, own, s, a, heads, causal),
         )
+        first += programs
     return d_packed, parts.sum(0).to(bias.dtype)
 
 

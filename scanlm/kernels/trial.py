@@ -81,12 +81,19 @@ def _cases(device: torch.device) -> Iterator[Case]:
     def asked(packed: Tensor, q: Tensor, bias: Tensor) -> Tensor:
         return window_attention(packed, q, bias, [2], [LONGEST], [half], heads, True)[0]
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        q, k, v = (x.view(2, -1, heads, d // heads).transpose(1, 2) for x in (q, k, v))
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, causal: bool, count: int = 2, drop: Tensor | None = None
+    ) -> Tensor:
+        q, k, v = (x.reshape(count, -1, heads, d // heads).transpose(1, 2) for x in (q, k, v))
         total, queries = k.shape[2], q.shape[2]
-        mask = torch.ones(queries, total, dtype=torch.bool, device=device).tril(total - queries)
-        out = F.scaled_dot_product_attention(q, k, v, mask if causal else None)
-        return out.transpose(1, 2).reshape(-1, d)
+        score = q @ k.mT / (d // heads) ** 0.5
+        if causal:
+            seen = torch.ones(queries, total, dtype=torch.bool, device=device)
+            score = score.masked_fill(~seen.tril(total - queries), float("-inf"))
+        weights = score.softmax(-1)
+        if drop is not None:
+            weights = weights * drop.view(count, queries, heads, total).transpose(1, 2)
+        return (weights @ v).transpose(1, 2).reshape(-1, d)
 
     def plain_windows(packed: Tensor, bias: Tensor, causal: bool) -> Tensor:
         q, k, v = (packed + bias).split(d, dim=1)
@@ -103,23 +110,16 @@ def _cases(device: torch.device) -> Iterator[Case]:
         return tiny_window_attention(packed, drop, bias, counts, lengths, keeps, heads, True)[0]
 
     def plain_tiny(packed: Tensor, bias: Tensor) -> Tensor:
-        outputs, factors = [], drop.split([2 * heads, 20 * heads * 6])
-        parts = (packed + bias).split([n * s for n, s in zip(counts, lengths, strict=True)])
-        for rows, n, a, factor in zip(parts, counts, keeps, factors, strict=True):
-            q, k, v = (x.reshape(n, -1, heads, d // heads) for x in rows.split(d, dim=1))
-            score = torch.einsum("nqhf,nkhf->nqhk", q[:, -a:], k) / (d // heads) ** 0.5
-            seen = torch.ones(score.shape[1], score.shape[3], dtype=torch.bool, device=device)
-            score = score.masked_fill(~seen.tril(score.shape[3] - a)[:, None], float("-inf"))
-            weights = score.softmax(-1) * factor.view_as(score)
-            outputs.append(torch.einsum("nqhk,nkhf->nqhf", weights, v).reshape(-1, d))
+        outputs, drops = [], drop.split([heads * 2, heads * 20 * 3 * 2])
+        parts = (packed + bias).split([2, 20 * 3])
+        for rows, count, keep, own in zip(parts, counts, keeps, drops, strict=True):
+            q, k, v = rows.split(d, dim=1)
+            last = q.view(count, -1, d)[:, -keep:]
+            outputs.append(attention(last, k, v, True, count, own))
         return torch.cat(outputs)
 
-    yield (
-        "attention within tiny windows",
-        tiny,
-        plain_tiny,
-        [randn(62, 3 * d), randn(3 * d)],
-    )
+    inputs = [randn(2 + 20 * 3, 3 * d), randn(3 * d)]
+    yield "attention within tiny windows", tiny, plain_tiny, inputs
     rows = 2 * LONGEST
     for causal in (True, False):
         yield (

@@ -152,12 +152,10 @@ def window_backward_kernel(
 Group = tuple[int, int, int, slice, slice]  # n, s, a, rows of the queries, rows of the keys
 
 
-def _groups(
-    q: Tensor | None, counts: list[int], lengths: list[int], keeps: list[int]
-) -> list[Group]:
+def groups_of(counts: list[int], lengths: list[int], keeps: list[int]) -> list[Group]:
+    """Where the groups lie in the matrices of queries and of keys."""
     groups, first_q, first = [], 0, 0
-    for count, length, kept in zip(counts, lengths, keeps, strict=True):
-        keep = length if q is None else kept
+    for count, length, keep in zip(counts, lengths, keeps, strict=True):
         asked = slice(first_q, first_q + count * keep)
         rows = slice(first, first + count * length)
         groups.append((count, length, keep, asked, rows))
@@ -173,7 +171,8 @@ def _split(packed: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
     return packed[:, :d], packed[:, d:]
 
 
-def _shape(queries: Tensor, heads: int, length: int, keep: int, causal: bool) -> dict[str, object]:
+def shape(queries: Tensor, heads: int, length: int, keep: int, causal: bool) -> dict[str, object]:
+    """What kernels are compiled for: a group's and a head's sizes."""
     features = queries.shape[1] // heads
     return {
         "S": length,
@@ -219,7 +218,9 @@ def window_attention(
     queries, kv = _split(packed, q)
     out = queries.new_empty(queries.shape)
     norms = queries.new_empty(len(queries) * heads, dtype=torch.float32)
-    for count, length, keep, asked, rows in _groups(q, counts, lengths, keeps):
+    for count, length, keep, asked, rows in groups_of(
+        counts, lengths, lengths if q is None else keeps
+    ):
         window_forward_kernel[(heads, count)](
             queries[asked],
             kv[rows],
@@ -231,7 +232,7 @@ def window_attention(
             S_TILE=_tile(length),
             A_TILE=_tile(keep),
             num_warps=2 * WARPS if _tile(length) == LONGEST else WARPS,
-            **_shape(queries, heads, length, keep, causal),
+            **shape(queries, heads, length, keep, causal),
         )
     return out, norms
 
@@ -264,7 +265,9 @@ def window_attention_backward(
     grad, out = grad.contiguous(), out.contiguous()
     parts = packed.new_empty(sum(counts), len(bias), dtype=torch.float32)
     first = 0
-    for count, length, keep, asked, rows in _groups(q, counts, lengths, keeps):
+    for count, length, keep, asked, rows in groups_of(
+        counts, lengths, lengths if q is None else keeps
+    ):
         window_backward_kernel[(heads, count)](
             queries[asked],
             kv[rows],
@@ -279,7 +282,7 @@ def window_attention_backward(
             kv.stride(0),
             TILE=min(_tile(length), BLOCK),
             num_warps=WARPS,
-            **_shape(queries, heads, length, keep, causal),
+            **shape(queries, heads, length, keep, causal),
         )
         first += count
     d_bias = parts.sum(0).to(bias.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from itertools import pairwise
+from operator import not_
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -37,6 +38,10 @@ class Stage(BaseModel):
     # which stays as it is. Each output gets a size of its own, so that T1 learns to read weakened
     # states and to write whole ones
     state_noise: float = Field(default=0.0, ge=0)
+    # of the scan model: the stage begins with T2's weights in T1. After words of 2, T2 multiplies
+    # a prefix, which is a leaf, by a leaf; that is what T1 has to learn, in the codes of leaves.
+    # Where it is not used it is no part of a record, whose id so stays what it was
+    t1_from_t2: bool = Field(default=False, exclude_if=not_)
     batch_size: int | None = Field(default=None, ge=1)  # default: min(1024, 4096 / length)
     threshold: float | None = 0.98
     # what the threshold is compared with: the worst position's accuracy, or that of whole words
@@ -128,7 +133,8 @@ class StateTrackingSettings(BaseModel):
                 for name in ("left_fold", "dropout_in")
                 if getattr(self, name) != type(self).model_fields[name].default
             ]
-            used += ["state_noise"] if any(stage.state_noise for stage in self.stages) else []
+            for name in ("state_noise", "t1_from_t2"):
+                used += [name] if any(getattr(stage, name) for stage in self.stages) else []
             if used:
                 raise ScanLMError(
                     f"{used[0]} acts on T1, which model {self.model!r} has not: leave it out or "
@@ -169,13 +175,15 @@ def _grow(lengths: Iterable[int], max_steps: int, **fields: Any) -> list[dict[st
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # slow at first (faster rates never leave the plateau at length 3); then noise on T1's outputs
+    # slow at first; T1 begins with what T2 has learned from words of 2; then noise on T1's outputs
     # and late dropout, by which T1 learns to repair what it is given; then a decay to 0
     "paper": {
         "config": SCAN_S5,
         "compile": True,
         "stages": [
-            *_grow((2, 3, 4), 15_000, lr=1e-4),
+            *_grow((2,), 15_000, lr=1e-4),
+            *_grow((3,), 15_000, lr=1e-4, t1_from_t2=True),
+            *_grow((4,), 15_000, lr=1e-4),
             *_grow((6, 8), 6_000, lr=1e-4, state_noise=1.0),
             *_grow((12,), 6_000, lr=3e-4, dropout=0.2, state_noise=1.0),
             *_grow(
@@ -215,7 +223,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_batch_tokens": 2**14,
         "eval_probe_length": 256,
         "stages": [
-            *_grow((2, 3, 4), 6_000, lr=5e-4),
+            *_grow((2,), 6_000, lr=5e-4),
+            *_grow((3,), 6_000, lr=5e-4, t1_from_t2=True),
+            *_grow((4,), 6_000, lr=5e-4),
             *_grow((6,), 6_000, lr=5e-4, state_noise=1.0),
             *_grow(
                 (8,),

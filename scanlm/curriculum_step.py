@@ -32,6 +32,7 @@ from scanlm.clipped_adamw import adamw_step, clipping_factor
 from scanlm.compiling import as_compiled, compile_model
 from scanlm.curriculum_settings import Stage, StateTrackingSettings
 from scanlm.dropout import set_dropout
+from scanlm.errors import ScanLMError
 from scanlm.groups import get_group, word_batch
 from scanlm.length_evaluation import check_lengths, word_logits
 
@@ -42,8 +43,8 @@ def build_model(settings: StateTrackingSettings, device: torch.device | str = "c
     """The run's model with the group's order as vocabulary, initialised from the run's seed.
 
     Raises:
-        ScanLMError: an unknown model or field (with the nearest), a value out of range, or stages
-            beyond the model's positions.
+        ScanLMError: an unknown model or field (with the nearest), a value out of range, stages
+            beyond the model's positions, or a T1 that cannot begin as T2.
     """
     if settings.model == "scan":
         entry = ModelEntry(id="scan", family="scanlm", config=settings.config)
@@ -57,6 +58,13 @@ def build_model(settings: StateTrackingSettings, device: torch.device | str = "c
         torch.manual_seed(settings.seed)
         model = baselines.build_model(entry, get_group(settings.group).order, place)
     check_lengths(model, [s.length for s in settings.stages])
+    if any(stage.t1_from_t2 for stage in settings.stages):
+        layers = [len(model.get_submodule(part).h) for part in ("t1", "t2")]  # type: ignore[arg-type]
+        if layers[0] != layers[1]:
+            raise ScanLMError(
+                f"t1_from_t2 copies T2 to T1, but T1 has {layers[0]} layers and T2 {layers[1]}: "
+                "set config.t1_layers and config.t2_layers to one number, or t1_from_t2 to false"
+            )
     return model.to(device)  # type: ignore[arg-type]
 
 
@@ -201,6 +209,8 @@ class Learner:
         self.stage = stage
         self.stage_step_on_device.fill_(stage_step)
         self.step_on_device.fill_(self.step)
+        if stage.t1_from_t2 and stage_step == 0:
+            self._copy_t2_to_t1()
         set_dropout(self.model, stage.dropout, self.settings.dropout_in)
         if self.settings.model == "scan":  # in T1's own kernels
             noise = partial(noisy, largest=stage.state_noise) if stage.state_noise else None
@@ -216,6 +226,19 @@ class Learner:
             self._logits = lambda x: folded_logits(self.model, x, rows)
         if self.stream is not None:  # streams do not wait for the default one by themselves
             self.stream.wait_stream(torch.cuda.default_stream(self.device))
+
+    @torch.no_grad()
+    def _copy_t2_to_t1(self) -> None:
+        """T2's weights, and their averages, in T1; T1's state in the optimiser stays."""
+        exact: dict[str, Tensor] = dict(self.model.named_parameters())
+        exact |= {name: weight for name, (_, weight) in self.halved.items()}
+        average = {id(p): a for p, a in zip(self.parameters, self.ema, strict=False)}
+        for name, weight in self.model.get_submodule("t1").named_parameters():
+            weight.copy_(self.model.get_parameter(f"t2.{name}"))  # in bfloat16, where halved
+            to, source = exact[f"t1.{name}"], exact[f"t2.{name}"]
+            to.copy_(source)
+            if self.ema:
+                average[id(to)].copy_(average[id(source)])
 
     def _plain_logits(self, x: Tensor) -> Tensor:
         return word_logits(self.model, x)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scanlm import ScanLMConfig, ScanLMForCausalLM, curriculum, curriculum_step
 from scanlm.curriculum import check_same_training, open_run, preset_settings, train, train_many
 from scanlm.curriculum_settings import PRESETS, Stage
-from scanlm.curriculum_step import Learner, folded_logits, learning_rate, noisy
+from scanlm.curriculum_step import Learner, check_model, folded_logits, learning_rate, noisy
 from scanlm.dropout import set_dropout
 from scanlm.errors import ScanLMError
 from scanlm.groups import get_group, running_products, word_batch
@@ -130,6 +130,50 @@ def test_t1_settings_need_a_scan_model() -> None:
         preset_settings("smoke", ["model=gpt2", "left_fold=0.5"])
     with pytest.raises(ScanLMError, match="state_noise acts on T1"):
         preset_settings("smoke", ["model=gpt2", "stages.1.state_noise=0.5"])
+    with pytest.raises(ScanLMError, match="t1_from_t2 acts on T1"):
+        preset_settings("smoke", ["model=gpt2", "stages.1.t1_from_t2=true"])
+
+
+def test_t1_of_other_depth_cannot_begin_as_t2() -> None:
+    settings = preset_settings("paper", ["config.t1_layers=2"])
+    with pytest.raises(ScanLMError, match=r"T1 has 2 layers and T2 1: set config\.t1_layers"):
+        check_model(settings)
+
+
+def test_records_without_the_copy_are_what_they_were() -> None:
+    stages = preset_settings("paper").model_dump(mode="json")["stages"]
+    assert [stage.get("t1_from_t2") for stage in stages] == [None, True, *[None] * 5]
+
+
+@pytest.mark.parametrize("extra", [("ema=0.5",), ("precision=bf16",)])
+def test_a_stage_begins_with_t2_in_t1(extra: tuple[str, ...]) -> None:
+    settings = preset_settings("smoke", [*TINY, *extra, "stages.1.t1_from_t2=true"])
+    learner = Learner(settings, torch.device("cpu"))
+    learner.begin_stage(settings.stages[0])
+    learner.advance(2)
+    learner.begin_stage(settings.stages[1], stage_step=1)  # resumed: T1 is already its own
+    assert not all(_same_in_t1_and_t2(learner).values())
+    learner.begin_stage(settings.stages[1])
+    assert all(_same_in_t1_and_t2(learner).values())
+    learner.advance(1)
+    learner.end()
+    learner.make_exact()
+    assert not any(_same_in_t1_and_t2(learner).values())  # but not tied
+
+
+def _same_in_t1_and_t2(learner: Learner) -> dict[str, bool]:
+    """Of T1's weights, those that a step computes with, exact ones and averages: equal to T2's?"""
+    names = [name for name, _ in learner.model.named_parameters()]
+    computing = dict(zip(names, learner.computing, strict=True))
+    tables = {"": dict(learner.model.named_parameters()), "exact": learner.state()["model"]}
+    tables["average"] = dict(zip(names, learner.ema, strict=True)) if learner.ema else {}
+    assert computing.keys() == tables[""].keys()
+    return {
+        f"{table} {name}": torch.equal(weights[name], weights[name.replace("t1.", "t2.", 1)])
+        for table, weights in tables.items()
+        for name in weights
+        if name.startswith("t1.")
+    }
 
 
 # The step
@@ -298,7 +342,11 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "extra", [("ema=0.9", "stages.*.state_noise=0.5", "left_fold=0.5"), ("precision=bf16",)]
+    "extra",
+    [
+        ("ema=0.9", "stages.*.state_noise=0.5", "left_fold=0.5"),
+        ("precision=bf16", "stages.1.t1_from_t2=true"),
+    ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(
     tmp_path: Path, extra: tuple[str, ...]

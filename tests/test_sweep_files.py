@@ -52,10 +52,12 @@ def test_a_file_says_what_it_is_and_how_it_is_run(path: Path) -> None:
     assert len(plan(content)) > 1  # which refuses a run that is listed twice
 
 
-def test_the_scan_model_runs_with_ten_seeds() -> None:
+def test_the_scan_model_runs_with_ten_seeds_begun_as_t2_and_not() -> None:
     listed = jobs("scan")
-    assert [settings.seed for settings in listed] == list(range(10))
-    assert {without_seed(s) for s in listed} == {without_seed(preset_settings("paper"))}
+    assert [settings.seed for settings in listed] == 2 * list(range(10))
+    recipe = [preset_settings("paper", changes) for changes in ([], ["stages.1.t1_from_t2=false"])]
+    assert [without_seed(s) for s in listed[::10]] == [without_seed(s) for s in recipe]
+    assert len({without_seed(s) for s in listed}) == 2
 
 
 def test_all_baselines_run_with_three_seeds_on_the_same_tokens() -> None:

@@ -42,6 +42,9 @@ class Stage(BaseModel):
     # a prefix, which is a leaf, by a leaf; that is what T1 has to learn, in the codes of leaves.
     # Where it is not used it is no part of a record, whose id so stays what it was
     t1_from_t2: bool = Field(default=False, exclude_if=not_)
+    # share of the training words whose letters but the first are the group's generators, which
+    # change a product least; validation has words of all elements
+    generators: float = Field(default=0.0, ge=0, le=1, exclude_if=not_)
     batch_size: int | None = Field(default=None, ge=1)  # default: min(1024, 4096 / length)
     threshold: float | None = 0.98
     # what the threshold is compared with: the worst position's accuracy, or that of whole words
@@ -127,6 +130,11 @@ class StateTrackingSettings(BaseModel):
                     f"stories={self.stories} are fewer than the batch of {stage.batch} at length "
                     f"{stage.length}: use more stories or a smaller batch_size"
                 )
+        if self.stories is not None and any(stage.generators for stage in self.stages):
+            raise ScanLMError(
+                f"stories={self.stories} are words of all elements, fixed before training: leave "
+                "out the stages' generators"
+            )
         if self.model != "scan":
             used = [
                 name
@@ -181,7 +189,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "config": SCAN_S5,
         "compile": True,
         "stages": [
-            *_grow((2,), 15_000, lr=1e-4),
+            *_grow((2,), 15_000, lr=1e-4, generators=0.5),
             *_grow((3,), 15_000, lr=1e-4, t1_from_t2=True),
             *_grow((4,), 15_000, lr=1e-4),
             *_grow((6, 8), 6_000, lr=1e-4, state_noise=1.0),
@@ -223,7 +231,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_batch_tokens": 2**14,
         "eval_probe_length": 256,
         "stages": [
-            *_grow((2,), 6_000, lr=5e-4),
+            *_grow((2,), 6_000, lr=5e-4, generators=0.5),
             *_grow((3,), 6_000, lr=5e-4, t1_from_t2=True),
             *_grow((4,), 6_000, lr=5e-4),
             *_grow((6,), 6_000, lr=5e-4, state_noise=1.0),

@@ -259,6 +259,7 @@ class Learner:
             self.step_on_device,
             self.device,
             stories=settings.stories,
+            generators=stage.generators,
         )
         self.lr.copy_(learning_rate(stage, self.stage_step_on_device))
         with self._autocast():

@@ -65,6 +65,20 @@ class Group:
         return (self.table == 0).int().argmax(dim=1)
 
     @property
+    def generators(self) -> Tensor:
+        """The moves nearest to none at all, which generate the group.
+
+        Those that move the fewest items: transpositions of S_n, cycles of three of A_n; 1 and -1 of
+        Z_n. With an element its conjugates and its inverse are among them.
+        """
+        moved = [
+            min(e, self.order - e) if isinstance(e, int) else sum(x != i for i, x in enumerate(e))
+            for e in self.elements
+        ]
+        least = min(m for m in moved if m)
+        return torch.tensor([i for i, m in enumerate(moved) if m == least])
+
+    @property
     def is_abelian(self) -> bool:
         """Whether every two elements commute."""
         return bool(torch.equal(self.table, self.table.T))
@@ -220,14 +234,14 @@ def _uniform(key: int, counters: Tensor, n: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _table_on(group: Group, device: torch.device) -> Tensor:
+def _tables_on(group: Group, device: torch.device) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
-        return group.table.to(device)
+        return group.table.to(device), group.generators.to(device)
 
 
 def table_on(group: Group, device: torch.device | str = "cpu") -> Tensor:
     """The multiplication table on a device, copied there once."""
-    return _table_on(group, torch.device(device))
+    return _tables_on(group, torch.device(device))[0]
 
 
 def _story_numbers(stories: int, batch: int, step: int | Tensor, seed: int, at: Tensor) -> Tensor:
@@ -252,6 +266,7 @@ def word_batch(
     stream: str = "train",
     stories: int | None = None,
     first: int = 0,
+    generators: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Random words and their running products, made on the device.
 
@@ -265,15 +280,20 @@ def word_batch(
         stories: if given, a fixed set of so many words, repeated for epochs in a new order each
             (the original's setting), instead of new words at every step.
         first: number of the first word of a larger batch, to make that in parts.
+        generators: share of the batch, its first words, whose letters but the first are drawn from
+            ``Group.generators`` instead of all elements.
 
     Returns:
         ``tokens`` and ``targets``, int64 ``(batch, length)``; ``targets[:, i]`` is the product of
         ``tokens[:, : i + 1]``: it belongs to input i, not to the next.
 
     Raises:
-        ScanLMError: unknown group or stream, a size below 1, or fewer stories than a batch.
+        ScanLMError: unknown group or stream, a size below 1, fewer stories than a batch, or a
+            share outside [0, 1].
     """
     group = get_group(group)
+    if not 0 <= generators <= 1:
+        raise ScanLMError(f"generators={generators} is outside [0, 1]: it is a share of the words")
     for name, value in (("batch", batch), ("length", length)):
         if value < 1:
             raise ScanLMError(f"{name} must be at least 1, got {value}")
@@ -292,4 +312,8 @@ def word_batch(
         counters = (numbers * length).unsqueeze(1) + columns
         key = _key(seed, "stories")
     tokens = _uniform(key, counters, group.order)
+    some = round(generators * batch)
+    if some:
+        allowed = _tables_on(group, torch.device(device))[1]
+        tokens[:some, 1:] = allowed[_uniform(key, counters[:some, 1:], len(allowed))]
     return tokens, running_products(table_on(group, device), tokens)

@@ -11,7 +11,8 @@ often. Four measurements follow a state into such depths:
   errors grow from node to node (drift), below 1 they are repaired;
 - the *contrast* of products: how far apart their mean states are, against the spread around them.
 
-``probe_metrics`` is what a run's record keeps of the first three.
+``probe_metrics`` is what a run's record keeps of the first three, and of the representations that
+the codes use (``scanlm.representations``).
 
 Shapes: ``b`` words, ``t`` tokens, ``m`` chunks that have a prefix, ``c`` = chunk_size, ``d`` =
 n_embd, ``g`` = order of the group.
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from scanlm.errors import ScanLMError
 from scanlm.groups import Group, get_group, word_batch
 from scanlm.length_evaluation import check_lengths, word_logits
+from scanlm.representations import shares
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -344,9 +346,45 @@ def product_contrast(
     return ratios
 
 
+@torch.no_grad()
+def code_shares(
+    model: nn.Module, group: Group | str, words: int = 0, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Which irreducible representations the codes of group elements use.
+
+    Args:
+        model: a ``ScanLMForCausalLM`` with one token a chunk.
+        group: the group or its name.
+        words: random words of two elements, over whose products T1's output is averaged; at least
+            50 for each element of the group are.
+        seed: of the words, of the test stream.
+
+    Returns:
+        Of "leaf", the elements' leaves, and of "state", T1's mean output of two leaves by their
+        product, the ``representations.shares``.
+
+    Raises:
+        ScanLMError: another kind of model, or chunks of several tokens.
+    """
+    scan, group, leaves = _check_scan(model), get_group(group), leaf_codes(model)
+    was_training = model.training
+    model.eval()
+    words = max(words, 50 * group.order)
+    tokens, products = word_batch(group, words, 2, seed, 0, leaves.device, "test")
+    left, right = scan.embed(tokens).unsqueeze(2).unbind(1)
+    states = scan.aggregate(left, right)[:, 0].double()
+    model.train(was_training)
+    sums = states.new_zeros(group.order, states.shape[1]).index_add_(0, products[:, 1], states)
+    counts = products[:, 1].bincount(minlength=group.order).clamp(min=1)
+    return {
+        "leaf": shares(group, leaves),
+        "state": shares(group, sums / counts.unsqueeze(1)),
+    }
+
+
 def probe_metrics(
     model: nn.Module, group: Group | str, length: int, trained_length: int, words: int
-) -> list[tuple[str, float, dict[str, float]]]:
+) -> list[tuple[str, float, dict[str, float | str]]]:
     """The measurements as metrics of a record: name, value, axes.
 
     Args:
@@ -355,11 +393,12 @@ def probe_metrics(
 
     Returns:
         ``state_<column>`` by ``depth`` for the columns of ``by_depth``, means over the prefixes of
-        that depth; ``state_gain`` by ``size`` of the noise, the mean over all prefixes.
+        that depth; ``state_gain`` by ``size`` of the noise, the mean over all prefixes; with one
+        token a chunk the ``code_shares`` as ``leaf_irrep`` and ``state_irrep`` by ``irrep``.
     """
     states = by_depth(model, group, length, trained_length, words)
     means = states.drop(columns=["position", "chunks"]).groupby("depth").mean()
-    found = [
+    found: list[tuple[str, float, dict[str, float | str]]] = [
         (f"state_{name}", value, {"depth": float(depth)})
         for name in means
         for depth, value in zip(means.index, means[name].tolist(), strict=True)
@@ -367,4 +406,8 @@ def probe_metrics(
     gains = repair_gain(model, group, length, words=words).groupby("size")["gain"].mean()
     for size, value in zip(gains.index, gains.tolist(), strict=True):
         found.append(("state_gain", value, {"size": float(size)}))
+    if _check_scan(model).config.chunk_size == 1:
+        for of, used in code_shares(model, group).items():
+            for name, share in used.items():  # further digits depend on the order of sums
+                found.append((f"{of}_irrep", round(share, 6), {"irrep": name}))
     return found

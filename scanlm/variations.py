@@ -21,6 +21,7 @@ WORDS = {
     "position_embedding": "position embedding",
     "prefix_embedding": "prefix embedding",
     "t1_causal": "causal T1",
+    "t1_from_t2": "T1 begun as T2",
     "t1_layers": "T1 layers",
     "tie_word_embeddings": "tied embeddings",
 }

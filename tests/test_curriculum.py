@@ -140,9 +140,29 @@ def test_t1_of_other_depth_cannot_begin_as_t2() -> None:
         check_model(settings)
 
 
-def test_records_without_the_copy_are_what_they_were() -> None:
+def test_records_without_copy_and_generators_are_what_they_were() -> None:
     stages = preset_settings("paper").model_dump(mode="json")["stages"]
     assert [stage.get("t1_from_t2") for stage in stages] == [None, True, *[None] * 5]
+    assert [stage.get("generators") for stage in stages] == [0.5, *[None] * 6]
+
+
+def test_generators_are_for_new_words_and_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ScanLMError, match="stories=64 are words of all elements"):
+        preset_settings("smoke", [*TINY, "stories=64", "stages.0.generators=0.5"])
+    seen: list[tuple[str, float]] = []
+
+    def batch(*args: Any, generators: float = 0.0, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        seen.append((args[6] if len(args) > 6 else "train", generators))
+        return word_batch(*args, generators=generators, **kwargs)
+
+    monkeypatch.setattr(curriculum_step, "word_batch", batch)
+    settings = preset_settings("smoke", [*TINY, "stages.0.generators=0.5"])
+    learner = Learner(settings, torch.device("cpu"))
+    for stage in settings.stages[:2]:
+        learner.begin_stage(stage)
+        learner.advance(1)
+        learner.validate()
+    assert seen == [("train", 0.5), ("validation", 0.0), ("train", 0.0), ("validation", 0.0)]
 
 
 @pytest.mark.parametrize("extra", [("ema=0.5",), ("precision=bf16",)])
@@ -254,8 +274,9 @@ def test_a_step_does_no_work_on_the_host() -> None:
             return function(*args, **(kwargs or {}))
 
     # without fused AdamW and the model's check of token ids, which read values on a CPU alone
-    learner = Learner(preset_settings("smoke", TINY), torch.device("cpu"))
-    learner.begin_stage(learner.settings.stages[-1])
+    settings = preset_settings("smoke", [*TINY, "stages.-1.generators=0.5"])
+    learner = Learner(settings, torch.device("cpu"))
+    learner.begin_stage(settings.stages[-1])
     learner.advance(2)
     learner.validate()
     learner.model._check_input = lambda *args: None  # type: ignore[operator, assignment]

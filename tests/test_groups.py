@@ -110,6 +110,32 @@ def test_stories_cross_epochs_in_the_middle_of_a_batch() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "number"), {"S5": 10, "S3": 3, "A5": 20, "A4": 8, "Z60": 2, "Z2": 1}.items()
+)
+def test_generators_generate_and_come_with_their_inverses(name: str, number: int) -> None:
+    group = get_group(name)
+    found = group.generators
+    assert len(found) == number
+    assert len(group._generated(found)) == group.order
+    assert set(group.inverses[found].tolist()) == set(found.tolist())
+
+
+def test_a_share_of_the_words_goes_on_in_generators() -> None:
+    group = get_group("S5")
+    plain, _ = word_batch(group, 400, 3, seed=1)
+    tokens, targets = word_batch(group, 400, 3, seed=1, generators=0.25)
+    assert torch.equal(tokens[100:], plain[100:])
+    assert torch.equal(tokens[:, 0], plain[:, 0])
+    assert torch.equal(targets, running_products(group.table, tokens))
+    letters = tokens[:100, 1:].flatten()
+    assert set(letters.tolist()) == set(group.generators.tolist())
+    assert letters.bincount(minlength=120).max() < 40  # 20 of each in the mean
+    for share in (-0.1, 1.1):
+        with pytest.raises(ScanLMError, match=f"generators={share} is outside"):
+            word_batch(group, 4, 2, generators=share)
+
+
+@pytest.mark.parametrize(
     ("name", "hint"),
     [("S55", "S<n> needs n from 2 to 5"), ("SS5", "Did you mean 'S5'"), ("Z1", "2 to 512")],
 )

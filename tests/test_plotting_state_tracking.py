@@ -12,6 +12,7 @@ from scanlm.errors import ScanLMError
 from scanlm.groups import get_group
 from scanlm.plotting import state_records
 from scanlm.plotting import state_tracking as draw
+from scanlm.plotting.representations import representation_shares
 from scanlm.plotting.style import FAMILIES
 
 LENGTHS = [4, 8, 16, 32, 64]
@@ -442,6 +443,14 @@ def test_a_limit_on_steps_is_told_only_if_nothing_else_is_to_tell() -> None:
             {"stages": [stages(10, 50)[0], {**stages(10, 50)[1], "lr": 3e-4}]},
             "learning rate 0.0003 at 16",
         ),
+        (
+            {"stages": [{**stages(10, 50)[0], "generators": 0.5}, stages(10, 50)[1]]},
+            "generators 0.5",
+        ),
+        (
+            {"stages": [stages(10, 50)[0], {**stages(10, 50)[1], "t1_from_t2": True}]},
+            "T1 begun as T2",
+        ),
         ({"betas": [0.9, 0.95], "clip": 2.0}, "betas [0.9, 0.95]; clip 2.0"),
         ({"config": {"prefix_embedding": True}}, "prefix embedding"),
         ({"config": {"t1_layers": 2}, "weight_decay": 0.1}, "weight_decay 0.1; T1 layers 2"),
@@ -454,12 +463,57 @@ def test_a_difference_is_told_whole_and_where_it_is(changed: dict[str, Any], lab
     assert state_records.difference(base, base | changed) == label
 
 
+def test_what_the_recipe_has_is_missed_elsewhere() -> None:
+    base = {"stages": [{**stages(10, 50)[0], "generators": 0.5}, stages(10, 50)[1]]}
+    base["stages"][1]["t1_from_t2"] = True
+    found = state_records.difference(base, {"stages": stages(10, 50)})
+    assert found == "no T1 begun as T2; no generators"
+
+
+def test_of_sets_with_as_many_seeds_the_recipe_is_the_surer_and_then_the_cheaper_one() -> None:
+    rows = [
+        record("scan", seed, reach, weight_decay=decay) | {"summary.tokens": tokens}
+        for decay, tokens, reaches in (
+            (0.1, 10, (8, 64, 64)),
+            (0.2, 30, (16, 64, 64)),
+            (0.3, 20, (16, 64, 64)),
+        )
+        for seed, reach in enumerate(reaches)
+    ]
+    runs = state_records.sort_runs(pd.DataFrame(rows))
+    decays = [p["weight_decay"] for p in runs.loc[runs["role"] == "recipe", "parameters"]]
+    assert decays == [0.3] * 3
+
+
 def test_runs_of_another_schedule_are_no_seeds_of_the_recipe() -> None:
     rows = [record("scan", seed, 512) for seed in range(2)]
     changed = [{**s, "schedule": "cosine"} for s in rows[0]["parameters"]["stages"]]
     rows += [record("scan", 2, 9999, stages=changed)]
     runs = state_records.sort_runs(pd.DataFrame(rows))
     assert list(runs["role"]) == ["recipe", "recipe", "ablation"]
+
+
+def test_shares_of_representations_are_bars_by_series_and_reach() -> None:
+    rows = [
+        {"run_id": f"{series}{seed}", "name": f"{of}_irrep", "irrep": irrep, "value": value}
+        | {"series": series}
+        for series, main in (("with", "4"), ("without", "5'"))
+        for seed in (0, 1)
+        for of in ("leaf", "state")
+        for irrep, value in {"1'": 0.1, "4": 0.2, "5'": 0.2, main: 0.7}.items()
+    ]
+    table = state_records.recorded_shares(pd.DataFrame(rows))
+    assert len(table) == 12  # of leaves alone
+    table["seed"] = table["run_id"].str[-1].astype(int)
+    table["reach"] = table["seed"].map({0: 64, 1: 1024})
+    ax = representation_shares(table).axes[0]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["seed 1", "seed 0"] * 2
+    texts = [text.get_text() for text in ax.texts]
+    assert texts == ["with", "1,024", "64", "without", "1,024", "64", "reach"]
+    widths = [bar.get_width() for bar in ax.patches[:3]]
+    assert widths == pytest.approx([0.1, 0.7, 0.2])
+    with pytest.raises(ScanLMError, match="were not probed"):
+        state_records.recorded_shares(pd.DataFrame(rows).drop(columns="irrep"))
 
 
 def test_what_was_probed_is_read_back_from_records() -> None:

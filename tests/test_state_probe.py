@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from scanlm import ScanLMConfig, ScanLMForCausalLM, trees
 from scanlm.errors import ScanLMError
 from scanlm.groups import get_group, running_products, word_batch
+from scanlm.representations import components
 from scanlm.scan import scan_tree
 from scanlm.state_probe import (
     Probe,
     by_depth,
+    code_shares,
     depth_at,
     leaf_codes,
     prefix_depth,
@@ -199,13 +201,32 @@ def test_a_record_keeps_the_means_of_a_depth_and_of_a_size() -> None:
     table = by_depth(model, "S3", length=33, trained_length=8, words=10)
     kept = {(name, axes.get("depth")): value for name, value, axes in found}
     columns = [name for name in table if name not in ("position", "chunks", "depth")]
-    assert len(kept) == len(columns) * table["depth"].nunique() + 1
+    codes = ("leaf_irrep", "state_irrep")
+    assert (
+        len({k for k in kept if k[0] not in codes}) == len(columns) * table["depth"].nunique() + 1
+    )
     for name in columns:
         at = table[table["depth"] == 3][name].mean()
         assert kept[f"state_{name}", 3] == pytest.approx(at), name
     gains = {axes["size"]: value for name, value, axes in found if name == "state_gain"}
     rows = repair_gain(model, "S3", 33, words=10)
     assert gains == pytest.approx(rows.groupby("size")["gain"].mean().to_dict())
+    for of in codes:  # codes at right angles use every representation by its number of dimensions
+        used = {axes["irrep"]: value for name, value, axes in found if name == of}
+        assert used == pytest.approx({"1'": 1 / 5, "2": 4 / 5}, abs=1e-6)
+
+
+def test_shares_are_of_leaves_and_of_what_t1_makes_of_two() -> None:
+    class Signs(Exact):
+        def aggregate(self, left: Tensor, right: Tensor) -> Tensor:
+            sign = components("S3")[1].character.float()
+            return sign[super().aggregate(left, right).argmax(-1)].unsqueeze(-1)
+
+    found = code_shares(Signs("S3"), "S3")
+    assert found["leaf"] == pytest.approx({"1'": 1 / 5, "2": 4 / 5})
+    assert found["state"] == pytest.approx({"1'": 1, "2": 0})
+    with pytest.raises(ScanLMError, match="chunk_size=2"):
+        code_shares(small(chunk_size=2), "S3")
 
 
 def test_what_cannot_be_probed_is_refused() -> None:

@@ -52,31 +52,53 @@ def test_a_file_says_what_it_is_and_how_it_is_run(path: Path) -> None:
     assert len(plan(content)) > 1  # which refuses a run that is listed twice
 
 
-def test_the_scan_model_runs_with_ten_seeds_begun_as_t2_and_not() -> None:
+def test_the_scan_model_runs_with_ten_seeds() -> None:
     listed = jobs("scan")
-    assert [settings.seed for settings in listed] == 2 * list(range(10))
-    recipe = [preset_settings("paper", changes) for changes in ([], ["stages.1.t1_from_t2=false"])]
-    assert [without_seed(s) for s in listed[::10]] == [without_seed(s) for s in recipe]
-    assert len({without_seed(s) for s in listed}) == 2
+    assert [settings.seed for settings in listed] == list(range(10))
+    assert {without_seed(s) for s in listed} == {without_seed(preset_settings("paper"))}
+
+
+def test_other_beginnings_run_with_the_same_seeds() -> None:
+    listed = jobs("beginnings")
+    assert [settings.seed for settings in listed] == 3 * list(range(10))
+    found = [(s.stages[0].generators, s.stages[1].t1_from_t2) for s in listed[::10]]
+    assert sorted(found) == [(0, False), (0, True), (0.5, False)]
+    recipe = preset_settings("paper", {"eval_precisions": ["bf16"]})
+    assert len({without_seed(s) for s in listed}) == 3
+    for settings in listed:
+        stages = [
+            stage.model_copy(update={"generators": own.generators, "t1_from_t2": own.t1_from_t2})
+            for stage, own in zip(settings.stages, recipe.stages, strict=True)
+        ]
+        assert without_seed(settings.model_copy(update={"stages": tuple(stages)})) == without_seed(
+            recipe
+        )
 
 
 def test_all_baselines_run_with_three_seeds_on_the_same_tokens() -> None:
     listed = jobs("baselines")
     kinds = Counter(
-        (s.model, s.config.get("allow_neg_eigval"), s.stages[-1].lr / s.stages[0].lr)
+        (
+            s.model,
+            s.config.get("allow_neg_eigval"),
+            s.stages[-1].lr / s.stages[0].lr,
+            s.stages[0].generators,
+        )
         for s in listed
     )
-    assert kinds == {
-        ("gpt2_small_wikitext103_nodrop", None, 1): 3,
-        ("gla_170M_baseline", None, 1): 3,
-        ("gla_170M_baseline", None, 0.25): 3,
-        ("gated_deltanet_170M_baseline", True, 1): 3,
-        ("gated_deltanet_170M_baseline", True, 0.25): 3,
-        ("gated_deltanet_170M_baseline", False, 1): 3,
-        ("gated_deltanet_170M_baseline", False, 0.25): 3,
-        ("mamba2_130M", None, 1): 3,
-        ("window_gpt2_small", None, 1): 3,
+    assert set(kinds.values()) == {3}
+    delta, gla = "gated_deltanet_170M_baseline", "gla_170M_baseline"
+    better = {
+        ("gpt2_small_wikitext103_nodrop", None, 1),
+        (gla, None, 1),
+        (delta, True, 0.25),
+        (delta, False, 1),
+        ("mamba2_130M", None, 1),
+        ("window_gpt2_small", None, 1),
     }
+    other = {(gla, None, 0.25), (delta, True, 1), (delta, False, 0.25)}
+    assert {kind[:3] for kind in kinds if not kind[3]} == better | other
+    assert {kind[:3] for kind in kinds if kind[3]} == better
     assert all(s.stages[-1].lr == s.stages[-2].lr for s in listed)  # both long stages
     assert len({s.stages[-3].length for s in listed}) == 1
     assert len({tokens(s) for s in listed}) == 1

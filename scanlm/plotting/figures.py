@@ -27,6 +27,7 @@ from scanlm.plotting import (
     training,
 )
 from scanlm.plotting.architecture import architecture
+from scanlm.plotting.representations import representation_shares
 from scanlm.plotting.style import family_of, style
 from scanlm.records import of_kind, rows_at
 from scanlm.variations import change_text, changes
@@ -481,6 +482,17 @@ def _s5_gain(metrics: pd.DataFrame, _trained: float, _: Any, caption: str) -> Fi
     return state_tracking.gain(state_records.recorded_gains(metrics), source=caption)
 
 
+def _s5_representations(
+    metrics: pd.DataFrame, _t: float, runs: pd.DataFrame, source: str
+) -> Figure:
+    """Of the recipe and of what has as many seeds: which representation is learned is chance."""
+    seeds = runs.groupby("series")["seed"].transform("nunique")
+    many = runs[seeds == seeds.max()].set_index("run_id")
+    table = state_records.recorded_shares(metrics[metrics["run_id"].isin(many.index)])
+    table = table.join(many[["seed", "reach"]], on="run_id")
+    return representation_shares(table, source=source)
+
+
 def _deepest(length: float) -> int:
     """The deepest tree behind any position of a word, at one token a chunk."""
     from scanlm.state_probe import depth_at
@@ -534,6 +546,7 @@ FIGURES: dict[str, Callable[[Records], Figure]] = {
     "s5_depth": _s5(_s5_depth, "recipe"),
     "s5_distance": _s5(_s5_distance, "recipe"),
     "s5_gain": _s5(_s5_gain, "recipe"),
+    "s5_representations": _s5(_s5_representations, "recipe", beside="ablation"),
     "s5_ablations": _s5(_s5_reach, "recipe", "ablation"),
     "circuit_depth": lambda _: state_tracking.circuit_depth(),
 }

@@ -1,10 +1,11 @@
 """Which recorded state-tracking runs belong together, and what was probed in them.
 
 Runs that differ in the seed only are a *set*; how a run was evaluated, compiled and validated does
-not count. The recipe is the scan model's set with most seeds and then the greatest reach; every
-other set of the scan model is an ablation, named by what differs from the recipe. A baseline is,
-of each family (of Gated DeltaNet, by the sign of its eigenvalues), the set with most seeds and then
-the greatest reach among those trained on words as long as the recipe's; the others are a search.
+not count. The recipe is the scan model's set with most seeds, then the greatest median and least
+reach, then the fewest tokens; every other set of the scan model is an ablation, named by what
+differs from the recipe. A baseline is, of each family (of Gated DeltaNet, by the sign of its
+eigenvalues), the first such set among those trained on words as long as the recipe's; the others
+are a search.
 """
 
 from __future__ import annotations
@@ -44,10 +45,14 @@ def _training(parameters: Mapping[str, Any]) -> dict[str, Any]:
 def _stage_text(field: str, values: list[Any], was: list[Any], lengths: list[int]) -> str:
     """What a stage's field is where it is another, and where that is."""
     what = WORDS.get(field, field.replace("_", " "))
-    if field in ("dropout", "state_noise"):
+    if field == "t1_from_t2":
+        return what if any(values) else f"no {what}"
+    if field in ("dropout", "state_noise", "generators"):
         used = sorted({v for v in values if v})
         where = "all stages" if len(used) == 1 and all(values) else "late"
-        return f"{what} {used[-1]:g}, {where}" if used else f"no {what}"
+        if not used:
+            return f"no {what}"
+        return f"{what} {used[-1]:g}" + (f", {where}" if field != "generators" else "")
     changed = {n: v for n, v, w in zip(lengths, values, was, strict=True) if v != w}
     texts = []
     for value in dict.fromkeys(changed.values()):
@@ -118,14 +123,18 @@ def sort_runs(runs: pd.DataFrame) -> pd.DataFrame:
     reach = [max((r or {"": 0}).values(), default=0) for r in runs["summary.reach"]]
     trained = [p["stages"][-1]["length"] for p in runs["parameters"]]
     runs = runs.assign(key=keys, series=kinds, reach=reach, trained=trained, role="")
+    runs["tokens"] = runs.get("summary.tokens", 0)
     sets = runs.groupby("key").agg(
         model=("model", "first"),
         series=("series", "first"),
         trained=("trained", "first"),
         seeds=("seed", "nunique"),
         reach=("reach", "median"),
+        least=("reach", "min"),
+        tokens=("tokens", "mean"),
     )
-    sets = sets.sort_values(["seeds", "reach"], ascending=False)
+    by = ["seeds", "reach", "least", "tokens"]
+    sets = sets.sort_values(by, ascending=[False, False, False, True])
     scan = sets["model"] == "scan"
     recipe = next(iter(sets.index[scan]), None)
     roles = scan.map({True: "ablation", False: "search"})
@@ -170,7 +179,20 @@ def recorded_gains(metrics: pd.DataFrame) -> pd.DataFrame:
     return _probed(metrics, "size").rename(columns={"value": "gain"})[["run_id", "size", "gain"]]
 
 
-def _probed(metrics: pd.DataFrame, axis: str) -> pd.DataFrame:
+def recorded_shares(metrics: pd.DataFrame) -> pd.DataFrame:
+    """What it recorded of the leaves' codes: a row a run and component, ``irrep`` and ``value``.
+
+    Returns:
+        With the columns ``run_id`` and, if there is one, ``series``.
+
+    Raises:
+        ScanLMError: runs that were not probed.
+    """
+    rows = _probed(metrics, "irrep", "leaf_irrep")
+    return rows[[c for c in ("run_id", "series", "irrep", "value") if c in rows]]
+
+
+def _probed(metrics: pd.DataFrame, axis: str, name: str = "state_") -> pd.DataFrame:
     if axis not in metrics:
         raise ScanLMError("the prefix states of these runs were not probed: eval_probe_length")
-    return metrics[metrics["name"].str.startswith("state_") & metrics[axis].notna()]
+    return metrics[metrics["name"].str.startswith(name) & metrics[axis].notna()]

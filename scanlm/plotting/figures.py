@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,9 @@ class Records:
         files = records.exported(self.folder, experiment)
         if not files:
             raise NoRecords(f"no records in {self.folder / experiment}")
-        return records.read_runs(*files)
+        stats = [file.stat() for file in files]
+        stamps = [(str(f), s.st_mtime_ns, s.st_size) for f, s in zip(files, stats, strict=True)]
+        return _read_runs(tuple(stamps)).copy()
 
     def metrics(
         self, experiment: str, runs: pd.DataFrame | None = None
@@ -73,6 +75,14 @@ class Records:
 
         runs = self.runs(experiment) if runs is None else runs
         return records.read_metrics(*runs["path"]), source(runs)
+
+
+@lru_cache(maxsize=4)
+def _read_runs(stamps: tuple[tuple[str, int, int], ...]) -> pd.DataFrame:
+    """Runs of files as they were at a time: a notebook draws many figures from the same ones."""
+    from scanlm import records
+
+    return records.read_runs(*(path for path, _, _ in stamps))
 
 
 def unscanned(runs: pd.DataFrame) -> pd.Series:

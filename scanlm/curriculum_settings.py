@@ -141,8 +141,11 @@ class StateTrackingSettings(BaseModel):
                 for name in ("left_fold", "dropout_in")
                 if getattr(self, name) != type(self).model_fields[name].default
             ]
-            for name in ("state_noise", "t1_from_t2"):
-                used += [name] if any(getattr(stage, name) for stage in self.stages) else []
+            used += [
+                name
+                for name in ("state_noise", "t1_from_t2")
+                if any(getattr(stage, name) for stage in self.stages)
+            ]
             if used:
                 raise ScanLMError(
                     f"{used[0]} acts on T1, which model {self.model!r} has not: leave it out or "
@@ -182,16 +185,20 @@ def _grow(lengths: Iterable[int], max_steps: int, **fields: Any) -> list[dict[st
     return [{"length": length, "max_steps": max_steps, **fields} for length in lengths]
 
 
+def _begin(max_steps: int, lr: float) -> list[dict[str, Any]]:
+    """Lengths 2 to 4: T2 learns products that generators make easy, and T1 begins with them."""
+    two, three, four = _grow((2, 3, 4), max_steps, lr=lr)
+    return [two | {"generators": 0.5}, three | {"t1_from_t2": True}, four]
+
+
 PRESETS: dict[str, dict[str, Any]] = {
-    # slow at first; T1 begins with what T2 has learned from words of 2; then noise on T1's outputs
-    # and late dropout, by which T1 learns to repair what it is given; then a decay to 0
+    # slow at first; then noise on T1's outputs and late dropout, by which T1 learns to repair what
+    # it is given; then a decay to 0
     "paper": {
         "config": SCAN_S5,
         "compile": True,
         "stages": [
-            *_grow((2,), 15_000, lr=1e-4, generators=0.5),
-            *_grow((3,), 15_000, lr=1e-4, t1_from_t2=True),
-            *_grow((4,), 15_000, lr=1e-4),
+            *_begin(15_000, lr=1e-4),
             *_grow((6, 8), 6_000, lr=1e-4, state_noise=1.0),
             *_grow((12,), 6_000, lr=3e-4, dropout=0.2, state_noise=1.0),
             *_grow(
@@ -231,9 +238,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_batch_tokens": 2**14,
         "eval_probe_length": 256,
         "stages": [
-            *_grow((2,), 6_000, lr=5e-4, generators=0.5),
-            *_grow((3,), 6_000, lr=5e-4, t1_from_t2=True),
-            *_grow((4,), 6_000, lr=5e-4),
+            *_begin(6_000, lr=5e-4),
             *_grow((6,), 6_000, lr=5e-4, state_noise=1.0),
             *_grow(
                 (8,),

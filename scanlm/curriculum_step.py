@@ -230,15 +230,11 @@ class Learner:
     @torch.no_grad()
     def _copy_t2_to_t1(self) -> None:
         """T2's weights, and their averages, in T1; T1's state in the optimiser stays."""
-        exact: dict[str, Tensor] = dict(self.model.named_parameters())
-        exact |= {name: weight for name, (_, weight) in self.halved.items()}
-        average = {id(p): a for p, a in zip(self.parameters, self.ema, strict=False)}
-        for name, weight in self.model.get_submodule("t1").named_parameters():
-            weight.copy_(self.model.get_parameter(f"t2.{name}"))  # in bfloat16, where halved
-            to, source = exact[f"t1.{name}"], exact[f"t2.{name}"]
-            to.copy_(source)
-            if self.ema:
-                average[id(to)].copy_(average[id(source)])
+        places = {name: i for i, (name, _) in enumerate(self.model.named_parameters())}
+        inside = [name for name, _ in self.model.get_submodule("t1").named_parameters()]
+        for tensors in filter(None, (self.parameters, self.computing, self.ema)):
+            for name in inside:
+                tensors[places[f"t1.{name}"]].copy_(tensors[places[f"t2.{name}"]])
 
     def _plain_logits(self, x: Tensor) -> Tensor:
         return word_logits(self.model, x)

@@ -347,21 +347,16 @@ def product_contrast(
 
 
 @torch.no_grad()
-def code_shares(
-    model: nn.Module, group: Group | str, words: int = 0, seed: int = 0
-) -> dict[str, dict[str, float]]:
+def code_shares(model: nn.Module, group: Group | str) -> dict[str, dict[str, float]]:
     """Which irreducible representations the codes of group elements use.
 
     Args:
         model: a ``ScanLMForCausalLM`` with one token a chunk.
         group: the group or its name.
-        words: random words of two elements, over whose products T1's output is averaged; at least
-            50 for each element of the group are.
-        seed: of the words, of the test stream.
 
     Returns:
         Of "leaf", the elements' leaves, and of "state", T1's mean output of two leaves by their
-        product, the ``representations.shares``.
+        product (from 50 random words for each element), the ``representations.shares``.
 
     Raises:
         ScanLMError: another kind of model, or chunks of several tokens.
@@ -369,8 +364,8 @@ def code_shares(
     scan, group, leaves = _check_scan(model), get_group(group), leaf_codes(model)
     was_training = model.training
     model.eval()
-    words = max(words, 50 * group.order)
-    tokens, products = word_batch(group, words, 2, seed, 0, leaves.device, "test")
+    words = 50 * group.order
+    tokens, products = word_batch(group, words, 2, WORDS_SEED, 0, leaves.device, "test")
     left, right = scan.embed(tokens).unsqueeze(2).unbind(1)
     states = scan.aggregate(left, right)[:, 0].double()
     model.train(was_training)

@@ -25,10 +25,11 @@ GAP = 1.3  # rows between two series, where the second one's name stands
 
 def _colors(names: list[str]) -> dict[str, str | tuple[float, ...]]:
     """A colour a degree, paler for the second component of it (with a prime)."""
-    degrees = list(dict.fromkeys(name.rstrip("'").partition(" ")[0] for name in names))
+    degree = {name: name.rstrip("'").partition(" ")[0] for name in names}
+    degrees = list(dict.fromkeys(degree.values()))
     found: dict[str, str | tuple[float, ...]] = {}
     for name in names:
-        place = degrees.index(name.rstrip("'").partition(" ")[0])
+        place = degrees.index(degree[name])
         color = MUTED if place == 0 else EXTRA_COLORS[(place - 1) % len(EXTRA_COLORS)]
         pale = name.endswith("'") and place > 0
         found[name] = tuple(0.45 * c + 0.55 for c in to_rgb(color)) if pale else color

@@ -46,13 +46,15 @@ def _stage_text(field: str, values: list[Any], was: list[Any], lengths: list[int
     """What a stage's field is where it is another, and where that is."""
     what = WORDS.get(field, field.replace("_", " "))
     if field == "t1_from_t2":
-        return what if any(values) else f"no {what}"
+        return change_text(field, any(values))
     if field in ("dropout", "state_noise", "generators"):
         used = sorted({v for v in values if v})
-        where = "all stages" if len(used) == 1 and all(values) else "late"
         if not used:
             return f"no {what}"
-        return f"{what} {used[-1]:g}" + (f", {where}" if field != "generators" else "")
+        if field == "generators":  # of the first stage
+            return f"{what} {used[-1]:g}"
+        where = "all stages" if len(used) == 1 and all(values) else "late"
+        return f"{what} {used[-1]:g}, {where}"
     changed = {n: v for n, v, w in zip(lengths, values, was, strict=True) if v != w}
     texts = []
     for value in dict.fromkeys(changed.values()):

@@ -281,7 +281,7 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         tree = scan_tree(self.aggregate_pairs, x.unflatten(1, (-1, c)), initial)
         n = tree.prefixes.shape[1]
         if counter.num_chunks and lowest_bit(counter.num_chunks) == n:
-            counter.push(tree.trees[0, n].clone(), height=n.bit_length() - 1)
+            counter.push(tree.trees[-1][:, 0].clone(), height=n.bit_length() - 1)
         else:
             counter.extend(tree)
         prefixes = tree.prefixes[:, :-1]

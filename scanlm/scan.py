@@ -104,7 +104,8 @@ class _Call:
     """The nodes of one batched call of ``combine``."""
 
     trees: tuple[Combine, ...]
-    folds: tuple[Combine, ...]  # of a shorter prefix and a tree
+    folds: tuple[Combine, ...]  # of a shorter prefix and a tree; first those that others hang on
+    lefts: int  # how many others do
 
 
 @lru_cache(maxsize=32)  # of 2,047 leaves a plan takes a megabyte, and 4 ms to make
@@ -134,8 +135,14 @@ def _schedule(n: int, seeded: bool) -> tuple[_Call, ...]:
         if start or seeded:
             ready[i] = max(ready[start], height) + 1
             folds[ready[i]].append(Combine(ready[i], (0, start), (start, i)))
-    calls = [_Call(tuple(t), tuple(f)) for t, f in zip(trees, folds, strict=True)]
-    return tuple(call for call in calls if call.trees or call.folds)
+    calls = []
+    for made, joined in zip(trees, folds, strict=True):
+        # an odd prefix ends in a leaf; of an even one the next is made of it, if there is a next
+        lefts = [fold for fold in joined if fold.out[1] % 2 == 0 and fold.out[1] < n]
+        others = [fold for fold in joined if fold not in lefts]
+        if made or joined:
+            calls.append(_Call(tuple(made), tuple(lefts + others), len(lefts)))
+    return tuple(calls)
 
 
 def num_combines(n: int) -> int:
@@ -150,16 +157,115 @@ def num_combines(n: int) -> int:
 
 
 @dataclass(frozen=True)
+class _Move:
+    """Where the operands of a call lie among the nodes at hand, and which of these stay there.
+
+    Attributes:
+        pairs: left and right operand of each node of the call, in turn.
+        rest: what later calls read.
+        first: of each node at hand, its first place in ``pairs`` and ``rest``, side by side.
+        again: which nodes have a second place, and where; a third; and so on.
+    """
+
+    pairs: Tensor
+    rest: Tensor
+    first: Tensor
+    again: tuple[tuple[Tensor, Tensor], ...]
+
+
+class _Taken(torch.autograd.Function):
+    """``pairs`` and ``rest`` of the nodes at hand ``(batch, m, ...)``.
+
+    The gradient of a node is the sum over its places, in a fixed order. Indexing would add them
+    up as they come, and one operation a node costs more time on the host than all else of a
+    scan of a thousand.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, nodes: Tensor, move: _Move) -> tuple[Tensor, Tensor]:
+        ctx.move = move
+        return nodes.index_select(1, move.pairs), nodes.index_select(1, move.rest)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        placed = torch.cat(gradients, 1)
+        total = placed.index_select(1, ctx.move.first)
+        for nodes, places in ctx.move.again:
+            total.index_add_(1, nodes, placed.index_select(1, places))
+        return total, None
+
+
+@lru_cache(maxsize=32)
+def _moves(n: int, seeded: bool, device: torch.device) -> tuple[tuple[_Move, ...], Tensor]:
+    """A move for each call of ``_schedule``, and where prefix(1) ... prefix(n) lie in the end.
+
+    They are copied to the device once: a copy from the host would stall every scan, and is not
+    allowed while a CUDA graph is captured.
+    """
+    calls = _schedule(n, seeded)
+    # a span is a tree, and from 0 on, with an earlier fold, a prefix too
+    prefix, tree = ("prefix", "tree") if seeded else ("node", "node")
+    reads = [
+        [
+            *((tree, side) for node in call.trees for side in (node.left, node.right)),
+            *(x for node in call.folds for x in ((prefix, node.left), (tree, node.right))),
+        ]
+        for call in calls
+    ]
+    last = {name: step for step, names in enumerate(reads) for name in names}
+    hand = [(tree, (i, i + 1)) for i in range(n)]
+    hand = [(prefix, (0, 0)), *hand] if seeded else hand
+
+    def copied(rows: Sequence[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=device)
+
+    with torch.inference_mode(False):  # else a later backward pass could not use them
+        moves = []
+        for step, (call, names) in enumerate(zip(calls, reads, strict=True)):
+            at = {name: row for row, name in enumerate(hand)}
+            kept = [name for name in hand if last[name] > step]
+            places: list[list[int]] = [[] for _ in hand]
+            for place, name in enumerate([*names, *kept]):
+                places[at[name]].append(place)
+            again = []
+            for nth in range(1, max(map(len, places))):
+                rows = [row for row, found in enumerate(places) if len(found) > nth]
+                again.append((copied(rows), copied([places[row][nth] for row in rows])))
+            moves.append(
+                _Move(
+                    copied([at[name] for name in names]),
+                    copied([at[name] for name in kept]),
+                    copied([found[0] for found in places]),
+                    tuple(again),
+                )
+            )
+            made = [*call.trees, *call.folds[: call.lefts]]
+            kinds = [tree] * len(call.trees) + [prefix] * call.lefts
+            new = [(kind, node.out) for kind, node in zip(kinds, made, strict=True)]
+            hand = kept + [name for name in new if name in last]
+        ends = [] if seeded else [1]
+        for call in calls:
+            ends += [node.out[1] for node in _first_tree(call, seeded) + call.folds]
+        order = {end: row for row, end in enumerate(ends)}
+        return tuple(moves), copied([order[i] for i in range(1, n + 1)])
+
+
+def _first_tree(call: _Call, seeded: bool) -> tuple[Combine, ...]:
+    """The tree of a call that is a prefix, too."""
+    return () if seeded else call.trees[:1]
+
+
+@dataclass(frozen=True)
 class ScanTree:
     """All nodes of a parallel scan over ``n`` leaves.
 
     Attributes:
         prefixes: ``(batch, n, ...)``, entry ``i`` is ``prefix(i + 1)``: the fold of leaves 0..i.
-        trees: the perfect trees ``(batch, ...)`` by span; those of one chunk are the leaves.
+        trees: per height h the perfect trees ``(batch, n >> h, ...)``; height 0 are the leaves.
     """
 
     prefixes: Tensor
-    trees: dict[Span, Tensor]
+    trees: list[Tensor]
 
 
 def scan_tree(
@@ -169,10 +275,6 @@ def scan_tree(
     trace: Trace | None = None,
 ) -> ScanTree:
     """Evaluate every prefix of ``leaves`` with as few, as large and as early calls as possible.
-
-    Nodes are unbound from the call that makes them and laid out side by side, left beside right,
-    for the call that reads them: one copy, and in the backward pass one sum where several nodes
-    read one. Slices of whole levels would each fill a level with zeros there.
 
     Args:
         combine: maps pairs of states ``(batch * pairs, 2, ...)`` to states ``(batch * pairs,
@@ -186,27 +288,23 @@ def scan_tree(
     Returns:
         The prefixes 1 ... n and the perfect trees.
     """
-    batch, n = leaves.shape[:2]
-    trees = {(i, i + 1): leaf for i, leaf in enumerate(leaves.unbind(1))}
-    prefixes = {(0, 1): trees[0, 1]} if initial is None else {(0, 0): initial}
-    for call in _schedule(n, initial is not None):
-        operands = [
-            side
-            for lefts, nodes in ((trees, call.trees), (prefixes, call.folds))
-            for node in nodes
-            for side in (lefts[node.left], trees[node.right])
-        ]
-        pairs = torch.stack(operands, 1).unflatten(1, (-1, 2)).flatten(0, 1)
-        made = combine(pairs).unflatten(0, (batch, -1)).unbind(1)
-        for node, state in zip(call.trees, made, strict=False):
-            trees[node.out] = state
-            if initial is None and node.left[0] == 0:
-                prefixes[node.out] = state
-        for node, state in zip(call.folds, made[len(call.trees) :], strict=True):
-            prefixes[node.out] = state
+    (batch, n), seeded = leaves.shape[:2], initial is not None
+    moves, order = _moves(n, seeded, leaves.device)
+    hand = [leaves] if initial is None else [initial.unsqueeze(1), leaves]
+    trees, prefixes = [leaves], [] if seeded else [leaves[:, :1]]
+    for call, move in zip(_schedule(n, seeded), moves, strict=True):
+        pairs, rest = _Taken.apply(torch.cat(hand, 1), move)
+        made = combine(pairs.unflatten(1, (-1, 2)).flatten(0, 1)).unflatten(0, (batch, -1))
+        if call.trees:
+            trees.append(made[:, : len(call.trees)])
+        first, last = len(_first_tree(call, seeded)), len(call.folds) - call.lefts
+        whole, *read, unread = made.split([first, len(call.trees) - first, call.lefts, last], 1)
+        prefixes += [whole, read[1], unread]
+        # no call reads the tree of all leaves
+        hand = [rest, *read] if n == 1 << (len(trees) - 1) else [rest, whole, *read]
         if trace is not None:
             trace.extend(call.trees + call.folds)
-    return ScanTree(torch.stack([prefixes[0, i] for i in range(1, n + 1)], 1), trees)
+    return ScanTree(torch.cat(prefixes, 1).index_select(1, order), trees)
 
 
 def blelloch_scan(
@@ -340,9 +438,8 @@ class OnlineScan(Generic[T]):
         start = 0
         for height in reversed(range(n.bit_length())):
             if n >> height & 1:
-                stop = start + (1 << height)
-                root: Any = tree.trees[start, stop].clone()
-                start = stop
+                root: Any = tree.trees[height][:, start >> height].clone()
+                start += 1 << height
                 fold: Any = tree.prefixes[:, start - 1].clone() if self._folds else root
                 self._heights.append(height)
                 self._roots.append(root)

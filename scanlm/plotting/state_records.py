@@ -99,6 +99,10 @@ def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
     lengths = b["stages.length"]
     if "stages.length" in names:  # other stages have other columns throughout
         rest = [change_text(n, b[n]) for n in names if not n.startswith("stages.")]
+        for field in ("generators", "t1_from_t2"):  # of any stage
+            name = f"stages.{field}"
+            if any(a[name]) != any(b[name]):
+                rest.append(_stage_text(field, b[name], a[name], lengths))
         return "; ".join([f"lengths {lengths[0]} to {lengths[-1]}", *rest])
     return "; ".join(
         _stage_text(name.removeprefix("stages."), b[name], a[name], lengths)

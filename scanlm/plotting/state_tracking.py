@@ -274,7 +274,8 @@ def curriculum_curves(
     """Training loss and validation accuracy over the steps, with the stages' lengths.
 
     Each run has stages of its own length; borders and lengths are those of one run, the first of
-    the first series, which a note names if there are others.
+    the first series, which a note names if there are others. Of a last stage that takes more than
+    twice the steps of all before, as much as these took is shown.
 
     Args:
         metrics: with ``series``; of runs that differ in the seed the first is drawn strongly.
@@ -313,9 +314,11 @@ def curriculum_curves(
                         label=label if number == 0 else None,
                     )
         first = loss[loss["series"] == labels[0]]
-        _stages(top, bottom, first[first["run_id"] == first["run_id"].iloc[0]], references)
+        stages = first[first["run_id"] == first["run_id"].iloc[0]]
+        shown = _shown(stages, metrics)
+        _stages(top, bottom, stages, shown, references)
         _whose_stages(top, loss, first, references)
-        top.set(ylabel="training loss\n(nats per position)")
+        top.set(xlim=(-0.02 * shown, shown), ylabel="training loss\n(nats per position)")
         top.set_title("The curriculum", pad=24)  # the lengths stand below it
         top.set_ylim(bottom=0)
         bottom.set(xlabel="optimiser steps", ylabel="validation:\nlast position right")
@@ -328,7 +331,15 @@ def curriculum_curves(
     return figure
 
 
-def _stages(top: Axes, bottom: Axes, run: pd.DataFrame, references: bool) -> None:
+def _shown(run: pd.DataFrame, metrics: pd.DataFrame) -> float:
+    """Up to which step the curves are drawn."""
+    ends = run.groupby("length")["step"].max().sort_values().to_numpy(float)
+    if len(ends) > 1 and ends[-1] > 3 * ends[-2]:
+        return float(2 * ends[-2])
+    return 1.02 * float(metrics["step"].max())
+
+
+def _stages(top: Axes, bottom: Axes, run: pd.DataFrame, shown: float, references: bool) -> None:
     """Stage borders of one run, the lengths above them, and what chance would lose."""
     ends = run.groupby("length")["step"].max().sort_index()
     start, before = 0.0, 0.0
@@ -345,9 +356,10 @@ def _stages(top: Axes, bottom: Axes, run: pd.DataFrame, references: bool) -> Non
         for ax in (top, bottom):
             if start:
                 ax.axvline(start, color=FAINT, lw=1, zorder=0)
-        if end - start > NARROWEST * ends.max():
+        if end - start > NARROWEST * shown:
             close()
-            labels.append(((start + end) / 2, f"{length:g}"))
+            until = f" (until step {end:,.0f})" if end > shown else ""
+            labels.append(((start + min(end, shown)) / 2, f"{length:g}{until}"))
         else:
             narrow.append((length, start, end))
         if references and "order" in run:

@@ -137,9 +137,9 @@ def _schedule(n: int, seeded: bool) -> tuple[_Call, ...]:
             folds[ready[i]].append(Combine(ready[i], (0, start), (start, i)))
     calls = []
     for made, joined in zip(trees, folds, strict=True):
-        # an odd prefix ends in a leaf; of an even one the next is made of it, if there is a next
+        # an odd prefix ends in a leaf; of an even one the next is made, if there is a next
         lefts = [fold for fold in joined if fold.out[1] % 2 == 0 and fold.out[1] < n]
-        others = [fold for fold in joined if fold not in lefts]
+        others = [fold for fold in joined if fold.out[1] % 2 or fold.out[1] == n]
         if made or joined:
             calls.append(_Call(tuple(made), tuple(lefts + others), len(lefts)))
     return tuple(calls)

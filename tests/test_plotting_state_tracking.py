@@ -324,6 +324,15 @@ def test_short_stages_side_by_side_share_a_label() -> None:
     assert places == {"2": 50, "3, 4": 101.5, "8": 151.5, "16": 201, "length of words: ": 0}
 
 
+def test_of_a_long_last_stage_only_the_beginning_is_shown_and_its_end_is_told() -> None:
+    top, bottom = draw.curriculum_curves(curriculum({2: 40, 3: 50, 16: 200})).axes
+    assert top.get_xlim()[1] == bottom.get_xlim()[1] == 100
+    assert [t.get_text() for t in top.texts[:3]] == ["2", "3", "16 (until step 200)"]
+    assert top.texts[2].xy[0] == 75
+    top = draw.curriculum_curves(curriculum({2: 40, 3: 50, 16: 150})).axes[0]
+    assert top.get_xlim()[1] > 150
+
+
 def test_a_note_says_whose_stages_are_drawn() -> None:
     first = curriculum({2: 8, 3: 20}, seed=3)
     second = curriculum({2: 10, 3: 22}, run="b", seed=4)
@@ -468,6 +477,11 @@ def test_what_the_recipe_has_is_missed_elsewhere() -> None:
     base["stages"][1]["t1_from_t2"] = True
     found = state_records.difference(base, {"stages": stages(10, 50)})
     assert found == "no T1 begun as T2; no generators"
+    longer = [{**stages(10, 50)[0], "length": 3}, {**stages(10, 50)[1], "length": 32}]
+    found = state_records.difference(base, {"stages": longer})
+    assert found == "lengths 3 to 32; no generators; no T1 begun as T2"
+    longer[0]["generators"], longer[1]["t1_from_t2"] = 0.5, True
+    assert state_records.difference(base, {"stages": longer}) == "lengths 3 to 32"
 
 
 def test_of_sets_with_as_many_seeds_the_recipe_is_the_surer_and_then_the_cheaper_one() -> None:

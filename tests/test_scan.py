@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scanlm.scan import OnlineScan, blelloch_scan, scan_tree, sequential_scan
 
@@ -192,6 +193,35 @@ def test_gradients_agree_with_the_sequential_scan(
     expected = gradients(sequential_scan(combine, list(inputs[0].unbind(1)))[1:])
     actual = gradients(list(blelloch_scan(combine, inputs[0]).unbind(1))[1:])
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that a GPU's host would have to start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_moving_nodes_takes_operations_by_calls_not_by_nodes() -> None:
+    """An operation a node would keep a GPU waiting for its host: a scan of 1,023 has 2,026."""
+    x = torch.randn(1, 1023, 1, requires_grad=True)
+    calls = []
+
+    def combine(pairs: torch.Tensor) -> torch.Tensor:
+        calls.append(len(pairs))
+        return pairs.sum(1)
+
+    scan_tree(combine, x)  # its plan is copied to the device once
+    calls.clear()
+    with Counted() as counted:
+        scan_tree(combine, x).prefixes.sum().backward()
+    assert len(calls) == 18
+    assert counted.operations < 60 * len(calls)
 
 
 @settings(deadline=None, max_examples=60)

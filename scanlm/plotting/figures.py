@@ -436,6 +436,10 @@ def _inference_memory(size: str) -> Callable[[Records], Figure]:
     return make
 
 
+# the metrics of some runs, each with its series
+Read = Callable[["pd.DataFrame"], "pd.DataFrame"]
+
+
 def _s5(
     draw: Callable[..., Figure], *needed: str, beside: str | None = None
 ) -> Callable[[Records], Figure]:
@@ -450,57 +454,59 @@ def _s5(
         chosen = chosen.sort_values("role", key=lambda role: role != "recipe", kind="stable")
         if recipe.empty or not set(needed) <= set(chosen["role"]):
             raise NoRecords(f"no runs of every role of {', '.join(needed)} in the records of s5")
-        metrics, caption = records.metrics("s5", chosen)
-        metrics = metrics.assign(series=metrics["run_id"].map(chosen.set_index("run_id")["series"]))
         trained = int(recipe["trained"].iloc[0])
+
+        def read(runs: pd.DataFrame) -> pd.DataFrame:
+            metrics, _ = records.metrics("s5", runs)
+            series = runs.set_index("run_id")["series"]
+            return metrics.assign(series=metrics["run_id"].map(series))
+
         try:
-            return draw(metrics, trained, chosen, caption)
+            return draw(read, trained, chosen)
         except ScanLMError as reason:  # of runs recorded without what the figure shows
             raise NoRecords(str(reason)) from reason
 
     return make
 
 
-def _s5_reach(_: Any, __: float, runs: pd.DataFrame, caption: str) -> Figure:
-    return state_tracking.reach_points(runs, source=caption)
+def _s5_reach(_read: Read, _trained: float, runs: pd.DataFrame) -> Figure:
+    return state_tracking.reach_points(runs, source=source(runs))
 
 
-def _s5_error(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
+def _s5_error(read: Read, trained: float, runs: pd.DataFrame) -> Figure:
     chance = 1 - 1 / 120
-    return state_tracking.error_by_length(metrics, trained, chance=chance, source=caption)
+    return state_tracking.error_by_length(read(runs), trained, chance=chance, source=source(runs))
 
 
-def _s5_positions(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
-    return state_tracking.position_heatmap(metrics, trained, source=caption)
+def _s5_positions(read: Read, trained: float, runs: pd.DataFrame) -> Figure:
+    return state_tracking.position_heatmap(read(runs), trained, source=source(runs))
 
 
-def _s5_curriculum(metrics: pd.DataFrame, _trained: float, _: Any, caption: str) -> Figure:
-    return state_tracking.curriculum_curves(metrics.assign(order=120), source=caption)
+def _s5_curriculum(read: Read, _trained: float, runs: pd.DataFrame) -> Figure:
+    return state_tracking.curriculum_curves(read(runs).assign(order=120), source=source(runs))
 
 
-def _s5_depth(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
-    tables = {"scan model": state_records.recorded_states(metrics)}
-    return state_tracking.error_by_depth(tables, _deepest(trained), source=caption)
+def _s5_depth(read: Read, trained: float, runs: pd.DataFrame) -> Figure:
+    tables = {"scan model": state_records.recorded_states(read(runs))}
+    return state_tracking.error_by_depth(tables, _deepest(trained), source=source(runs))
 
 
-def _s5_distance(metrics: pd.DataFrame, trained: float, _: Any, caption: str) -> Figure:
-    states = state_records.recorded_states(metrics)
-    return state_tracking.state_distance(states, _deepest(trained), source=caption)
+def _s5_distance(read: Read, trained: float, runs: pd.DataFrame) -> Figure:
+    states = state_records.recorded_states(read(runs))
+    return state_tracking.state_distance(states, _deepest(trained), source=source(runs))
 
 
-def _s5_gain(metrics: pd.DataFrame, _trained: float, _: Any, caption: str) -> Figure:
-    return state_tracking.gain(state_records.recorded_gains(metrics), source=caption)
+def _s5_gain(read: Read, _trained: float, runs: pd.DataFrame) -> Figure:
+    return state_tracking.gain(state_records.recorded_gains(read(runs)), source=source(runs))
 
 
-def _s5_representations(
-    metrics: pd.DataFrame, _t: float, runs: pd.DataFrame, source: str
-) -> Figure:
+def _s5_representations(read: Read, _trained: float, runs: pd.DataFrame) -> Figure:
     """Of the recipe and of what has as many seeds: which representation is learned is chance."""
     seeds = runs.groupby("series")["seed"].transform("nunique")
-    many = runs[seeds == seeds.max()].set_index("run_id")
-    table = state_records.recorded_shares(metrics[metrics["run_id"].isin(many.index)])
-    table = table.join(many[["seed", "reach"]], on="run_id")
-    return representation_shares(table, source=source)
+    many = runs[seeds == seeds.max()]
+    table = state_records.recorded_shares(read(many))
+    table = table.join(many.set_index("run_id")[["seed", "reach"]], on="run_id")
+    return representation_shares(table, source=source(many))
 
 
 def _deepest(length: float) -> int:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -195,12 +195,12 @@ class _Taken(torch.autograd.Function):
         return total, None
 
 
-@lru_cache(maxsize=32)
+@cache
 def _moves(n: int, seeded: bool, device: torch.device) -> tuple[tuple[_Move, ...], Tensor]:
     """A move for each call of ``_schedule``, and where prefix(1) ... prefix(n) lie in the end.
 
-    They are copied to the device once: a copy from the host would stall every scan, and is not
-    allowed while a CUDA graph is captured.
+    They are copied to the device once, a copy from the host would stall every scan, and kept for
+    good, 300 bytes a leaf: a captured CUDA graph goes on reading them where they lie.
     """
     calls = _schedule(n, seeded)
     # a span is a tree, and from 0 on, with an earlier fold, a prefix too

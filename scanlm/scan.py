@@ -105,7 +105,8 @@ class _Call:
 
     trees: tuple[Combine, ...]
     folds: tuple[Combine, ...]  # of a shorter prefix and a tree; first those that others hang on
-    lefts: int  # how many others do
+    whole: int  # how many trees are prefixes, too: the first one or none
+    lefts: int  # how many folds others hang on
 
 
 @lru_cache(maxsize=32)  # of 2,047 leaves a plan takes a megabyte, and 4 ms to make
@@ -141,7 +142,8 @@ def _schedule(n: int, seeded: bool) -> tuple[_Call, ...]:
         lefts = [fold for fold in joined if fold.out[1] % 2 == 0 and fold.out[1] < n]
         others = [fold for fold in joined if fold.out[1] % 2 or fold.out[1] == n]
         if made or joined:
-            calls.append(_Call(tuple(made), tuple(lefts + others), len(lefts)))
+            whole = 1 if made and not seeded else 0
+            calls.append(_Call(tuple(made), tuple(lefts + others), whole, len(lefts)))
     return tuple(calls)
 
 
@@ -171,6 +173,23 @@ class _Move:
     rest: Tensor
     first: Tensor
     again: tuple[tuple[Tensor, Tensor], ...]
+
+    @classmethod
+    def of(cls, pairs: Sequence[int], rest: Sequence[int], device: torch.device) -> _Move:
+        """From the rows that are read and that stay; every row at hand is one of these."""
+
+        def copied(rows: Sequence[int]) -> Tensor:
+            return torch.tensor(rows, dtype=torch.int64, device=device)
+
+        places: dict[int, list[int]] = {}
+        for place, row in enumerate([*pairs, *rest]):
+            places.setdefault(row, []).append(place)
+        again = []
+        for nth in range(1, max(map(len, places.values()))):
+            rows = [row for row, found in places.items() if len(found) > nth]
+            again.append((copied(rows), copied([places[row][nth] for row in rows])))
+        first = [places[row][0] for row in sorted(places)]
+        return cls(copied(pairs), copied(rest), copied(first), tuple(again))
 
 
 class _Taken(torch.autograd.Function):
@@ -216,43 +235,22 @@ def _moves(n: int, seeded: bool, device: torch.device) -> tuple[tuple[_Move, ...
     hand = [(tree, (i, i + 1)) for i in range(n)]
     hand = [(prefix, (0, 0)), *hand] if seeded else hand
 
-    def copied(rows: Sequence[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64, device=device)
-
     with torch.inference_mode(False):  # else a later backward pass could not use them
         moves = []
         for step, (call, names) in enumerate(zip(calls, reads, strict=True)):
             at = {name: row for row, name in enumerate(hand)}
             kept = [name for name in hand if last[name] > step]
-            places: list[list[int]] = [[] for _ in hand]
-            for place, name in enumerate([*names, *kept]):
-                places[at[name]].append(place)
-            again = []
-            for nth in range(1, max(map(len, places))):
-                rows = [row for row, found in enumerate(places) if len(found) > nth]
-                again.append((copied(rows), copied([places[row][nth] for row in rows])))
-            moves.append(
-                _Move(
-                    copied([at[name] for name in names]),
-                    copied([at[name] for name in kept]),
-                    copied([found[0] for found in places]),
-                    tuple(again),
-                )
-            )
-            made = [*call.trees, *call.folds[: call.lefts]]
-            kinds = [tree] * len(call.trees) + [prefix] * call.lefts
-            new = [(kind, node.out) for kind, node in zip(kinds, made, strict=True)]
-            hand = kept + [name for name in new if name in last]
+            rows = ([at[name] for name in names], [at[name] for name in kept])
+            moves.append(_Move.of(*rows, device))
+            made = [(tree, node.out) for node in call.trees]
+            made += [(prefix, node.out) for node in call.folds[: call.lefts]]
+            hand = kept + [name for name in made if name in last]
         ends = [] if seeded else [1]
         for call in calls:
-            ends += [node.out[1] for node in _first_tree(call, seeded) + call.folds]
+            ends += [node.out[1] for node in call.trees[: call.whole] + call.folds]
         order = {end: row for row, end in enumerate(ends)}
-        return tuple(moves), copied([order[i] for i in range(1, n + 1)])
-
-
-def _first_tree(call: _Call, seeded: bool) -> tuple[Combine, ...]:
-    """The tree of a call that is a prefix, too."""
-    return () if seeded else call.trees[:1]
+        rows_in_order = [order[i] for i in range(1, n + 1)]
+        return tuple(moves), torch.tensor(rows_in_order, device=device)
 
 
 @dataclass(frozen=True)
@@ -297,8 +295,9 @@ def scan_tree(
         made = combine(pairs.unflatten(1, (-1, 2)).flatten(0, 1)).unflatten(0, (batch, -1))
         if call.trees:
             trees.append(made[:, : len(call.trees)])
-        first, last = len(_first_tree(call, seeded)), len(call.folds) - call.lefts
-        whole, *read, unread = made.split([first, len(call.trees) - first, call.lefts, last], 1)
+        sizes = [call.whole, len(call.trees) - call.whole]
+        sizes += [call.lefts, len(call.folds) - call.lefts]
+        whole, *read, unread = made.split(sizes, 1)
         prefixes += [whole, read[1], unread]
         # no call reads the tree of all leaves
         hand = [rest, *read] if n == 1 << (len(trees) - 1) else [rest, whole, *read]

@@ -447,6 +447,8 @@ def _s5(
     see ``state_records``. The lengths shaded are the recipe's."""
 
     def make(records: Records) -> Figure:
+        from scanlm.records import read_metrics
+
         runs = state_records.sort_runs(records.runs("s5"))
         recipe = runs[runs["role"] == "recipe"]
         chosen = runs[runs["role"].isin((*needed, beside))]
@@ -457,7 +459,7 @@ def _s5(
         trained = int(recipe["trained"].iloc[0])
 
         def read(runs: pd.DataFrame) -> pd.DataFrame:
-            metrics, _ = records.metrics("s5", runs)
+            metrics = read_metrics(*runs["path"])
             series = runs.set_index("run_id")["series"]
             return metrics.assign(series=metrics["run_id"].map(series))
 

@@ -315,8 +315,10 @@ def curriculum_curves(
                     )
         first = loss[loss["series"] == labels[0]]
         stages = first[first["run_id"] == first["run_id"].iloc[0]]
-        shown = _shown(stages, metrics)
-        _stages(top, bottom, stages, shown, references)
+        order = float(stages["order"].iloc[0]) if "order" in stages else None
+        ends = stages.groupby("length")["step"].max().sort_index()
+        shown = _shown(ends.to_numpy(float), float(metrics["step"].max()))
+        _stages(top, bottom, ends, shown, order if references else None)
         _whose_stages(top, loss, first, references)
         top.set(xlim=(-0.02 * shown, shown), ylabel="training loss\n(nats per position)")
         top.set_title("The curriculum", pad=24)  # the lengths stand below it
@@ -331,17 +333,16 @@ def curriculum_curves(
     return figure
 
 
-def _shown(run: pd.DataFrame, metrics: pd.DataFrame) -> float:
-    """Up to which step the curves are drawn."""
-    ends = run.groupby("length")["step"].max().sort_values().to_numpy(float)
+def _shown(ends: np.ndarray, last: float) -> float:
+    """Up to which step the curves are drawn, of stages that end at these steps."""
     if len(ends) > 1 and ends[-1] > 3 * ends[-2]:
         return float(2 * ends[-2])
-    return 1.02 * float(metrics["step"].max())
+    return 1.02 * last
 
 
-def _stages(top: Axes, bottom: Axes, run: pd.DataFrame, shown: float, references: bool) -> None:
-    """Stage borders of one run, the lengths above them, and what chance would lose."""
-    ends = run.groupby("length")["step"].max().sort_index()
+def _stages(top: Axes, bottom: Axes, ends: pd.Series, shown: float, order: float | None) -> None:
+    """Borders of stages that end at these steps, by length; above them the lengths; and, of a
+    group of this order, what chance would lose."""
     start, before = 0.0, 0.0
     narrow: list[tuple[float, float, float]] = []  # neighbours without room for their own labels
     labels: list[tuple[float, str]] = []
@@ -362,8 +363,8 @@ def _stages(top: Axes, bottom: Axes, run: pd.DataFrame, shown: float, references
             labels.append(((start + min(end, shown)) / 2, f"{length:g}{until}"))
         else:
             narrow.append((length, start, end))
-        if references and "order" in run:
-            level = (length - (before or 1)) / length * np.log(run["order"].iloc[0])
+        if order is not None:
+            level = (length - (before or 1)) / length * np.log(order)
             (dashed,) = top.plot([start, end], [level] * 2, color=MUTED, ls=(0, (4, 3)), lw=1.1)
             dashed.set(zorder=1, label=LEVELS)
             top.legend(handles=[dashed], loc="upper right")

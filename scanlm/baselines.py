@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scanlm.errors import ScanLMError, nearest
-from scanlm.settings import TrainingSettings, resolve_settings
+from scanlm.settings import TrainingSettings, first_mistake, resolve_settings
 from scanlm.values import is_number, read_mapping
 
 if TYPE_CHECKING:
@@ -284,9 +284,7 @@ def _read(path: Path) -> ModelEntry:
         entry = ModelEntry(**values)
         TrainingSettings(**{**entry.training, "model": entry.id})
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise ScanLMError(f"{path}: {name}: {first['msg'].lower()}") from error
+        raise ScanLMError(f"{path}: {first_mistake(error, ModelEntry)}") from error
     except ScanLMError as error:
         raise ScanLMError(f"{path}: training: {error}") from error
     return entry

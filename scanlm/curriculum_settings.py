@@ -8,11 +8,12 @@ from itertools import pairwise
 from operator import not_
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from scanlm.errors import ScanLMError, check_name, nearest
+from scanlm.errors import ScanLMError, check_name
 from scanlm.groups import get_group
 from scanlm.length_evaluation import LENGTHS, check_counts
+from scanlm.settings import first_mistake
 from scanlm.values import parse_assignments
 
 TOKENS_PER_BATCH, LARGEST_BATCH = 4096, 1024
@@ -28,9 +29,9 @@ class Stage(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    length: int
-    max_steps: int = Field(ge=1)
-    lr: float = Field(gt=0)
+    length: int = Field(examples=[4])
+    max_steps: int = Field(ge=1, examples=[6000])
+    lr: float = Field(gt=0, examples=[1e-4])
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up, to 0
     warmup: int = Field(default=200, ge=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -69,7 +70,9 @@ class StateTrackingSettings(BaseModel):
     model: str = "scan"
     config: dict[str, Any] = {}
     group: str = "S5"
-    stages: tuple[Stage, ...] = Field(min_length=1)
+    stages: tuple[Stage, ...] = Field(
+        min_length=1, examples=[[{"length": 4, "max_steps": 6000, "lr": 1e-4}]]
+    )
     seed: int = Field(default=0, ge=0, lt=2**32)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(default=0.01, ge=0)
@@ -96,20 +99,25 @@ class StateTrackingSettings(BaseModel):
     eval_probe_length: int = Field(default=512, ge=0)
     eval_probe_words: int = Field(default=128, ge=1)
 
+    @field_validator("group")
+    @classmethod
+    def _canonical(cls, name: str) -> str:
+        """A group has one name in records, however it was written."""
+        return get_group(name).name
+
     @property
     def experiment(self) -> str:
         """The name that records are filed under: the group's, in lower case."""
-        return get_group(self.group).name.lower()
+        return self.group.lower()
 
     def check(self) -> None:
         """Refuse what no run could do.
 
         Raises:
-            ScanLMError: unknown group, length below 1, a threshold outside (0, 1], stages that
-                do not grow, fewer stories than a batch, no length to evaluate, a vocabulary or
-                rate of dropout that the model cannot have.
+            ScanLMError: length below 1, a threshold outside (0, 1], stages that do not grow, fewer
+                stories than a batch, no length to evaluate, a vocabulary or rate of dropout that
+                the model cannot have.
         """
-        get_group(self.group)
         self._check_config()
         check_counts(self.eval_lengths, "eval_lengths")
         lengths = [stage.length for stage in self.stages]
@@ -282,13 +290,9 @@ def make_settings(values: dict[str, Any]) -> StateTrackingSettings:
     try:
         settings = StateTrackingSettings(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            fields = Stage if first["loc"][0] == "stages" else StateTrackingSettings
-            hint = nearest(str(first["loc"][-1]), fields.model_fields)
-            raise ScanLMError(f"unknown setting {where!r}.{hint}") from None
-        raise ScanLMError(f"{where}={first['input']!r}: {first['msg']}") from None
+        loc = error.errors()[0]["loc"]
+        of_stage = loc[0] == "stages" and len(loc) > 1
+        raise first_mistake(error, Stage if of_stage else StateTrackingSettings) from None
     settings.check()
     return settings
 

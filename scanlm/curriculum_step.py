@@ -98,7 +98,7 @@ def folded_logits(model: Any, x: Tensor, rows: int) -> Tensor:
 
     Args:
         model: a ``ScanLMForCausalLM``.
-        x: ``(b, t)`` tokens, a multiple of the chunk size.
+        x: ``(b, t)`` tokens.
         rows: how many words to fold; the others use the scan's tree.
 
     Returns:
@@ -106,7 +106,7 @@ def folded_logits(model: Any, x: Tensor, rows: int) -> Tensor:
     """
     c = model.config.chunk_size
     leaves = model.embed(x)
-    m = x.shape[1] // c - 1
+    m = (x.shape[1] - 1) // c  # chunks that some later chunk reads
     if m < 1:
         return model.lm_head(model.predict(leaves, None))
     chunks = leaves[:, : m * c].unflatten(1, (m, c))
@@ -133,6 +133,17 @@ def noisy(states: Tensor, largest: float) -> Tensor:
     size = largest * torch.rand_like(norm) * norm / math.sqrt(states.shape[-1])
     disturbed = states + size * torch.randn_like(states)
     return disturbed * (norm / disturbed.norm(dim=-1, keepdim=True))
+
+
+def step_seed(seed: int, step: int) -> int:
+    """What torch's generator is seeded with before a step.
+
+    Torch takes 64 bits: a step is in the lowest 32, a seed in the others, its own lowest 24 first.
+    On a CPU the generator starts from the lowest 32 alone, so that there all seeds of a run have
+    the masks of dropout that belong to the step; weights and words are the seed's own.
+    """
+    high, low = divmod(seed, 2**24)
+    return low * 2**40 + high * 2**32 + step
 
 
 class Learner:
@@ -317,7 +328,7 @@ class Learner:
         if self.stream is None:
             for _ in range(steps):
                 # dropout and noise from the step alone, whatever ran in between
-                torch.default_generator.manual_seed(self.settings.seed * 2**40 + self.step)
+                torch.default_generator.manual_seed(step_seed(self.settings.seed, self.step))
                 self._eager(self.train_step)
                 self.step += 1
             return

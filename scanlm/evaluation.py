@@ -67,6 +67,7 @@ def evaluate(
     progress: bool = False,
     report: Callable[[dict[str, Any]], None] | None = None,
     dry_run: bool = False,
+    load: Callable[..., Loaded] = load_checkpoint,
 ) -> list[dict[str, Any]]:
     """Score one or several checkpoints of a model on a split of a corpus.
 
@@ -91,6 +92,7 @@ def evaluate(
         root, record: write a record under ``root/<corpus>/``.
         report: gets each row as soon as it is scored.
         dry_run: raise what is raised before anything is scored, and score and record nothing.
+        load: stands for ``load_checkpoint``, e.g. to have one in memory for several calls.
 
     Returns:
         One row a checkpoint: ``model, step, corpus, split, context, seq_len, stride,
@@ -114,7 +116,7 @@ def evaluate(
         check_name("precision", precision, PRECISIONS)
     wanted = _steps(target, steps)
     place = usable_device(device)
-    loaded = load_checkpoint(target, wanted[0], place, config=config, cache_dir=cache_dir)
+    loaded = load(target, wanted[0], place, config=config, cache_dir=cache_dir)
     tokens = tokenized(corpus, split, loaded, tokenizer, cache_dir)
     part = tokens[split]
     targets = min(part.num_tokens - 1, max_tokens or part.num_tokens)
@@ -142,7 +144,7 @@ def evaluate(
     with run.failures_recorded() if run else nullcontext():
         for step in wanted:
             if rows:
-                loaded = load_checkpoint(target, step, place, config=config, cache_dir=cache_dir)
+                loaded = load(target, step, place, config=config, cache_dir=cache_dir)
                 _check_vocabulary(loaded, tokens)
             result = _score(loaded, part, context, options, progress)
             row = {

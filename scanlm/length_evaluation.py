@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from scanlm.errors import ScanLMError, check_name
 from scanlm.groups import Group, get_group, word_batch
+from scanlm.scoring import in_mode
 
 LENGTHS = (*range(4, 19), 24, 32, 48, 64, 96, 128, 180, 256, 512, 1024, 4096, 16384)
 SHARED = 1024  # up to here all lengths are read from one pass
@@ -197,16 +198,14 @@ def evaluate_lengths(
     passes = [sorted(x for x in set(lengths) if x <= SHARED)]
     passes += [[x] for x in sorted(set(lengths)) if x > SHARED]
     result = LengthEvaluation(PRECISIONS[precision])
-    was_training = model.training
-    model.eval()
-    for shared in filter(None, passes):
-        n = sequences if shared[-1] <= SHARED else long_sequences
-        start = time.perf_counter()
-        _one_pass(model, group, shared, n, batch_tokens, precision, seed, result)
-        if progress is not None:
-            seconds = time.perf_counter() - start
-            progress(f"{n:,} words of length {shared[-1]:,} in {precision}: {seconds:.0f} s")
-    model.train(was_training)
+    with in_mode(model):
+        for shared in filter(None, passes):
+            n = sequences if shared[-1] <= SHARED else long_sequences
+            start = time.perf_counter()
+            _one_pass(model, group, shared, n, batch_tokens, precision, seed, result)
+            if progress is not None:
+                seconds = time.perf_counter() - start
+                progress(f"{n:,} words of length {shared[-1]:,} in {precision}: {seconds:.0f} s")
     return result
 
 

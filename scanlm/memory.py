@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from scanlm.errors import ScanLMError
 from scanlm.loss import loss_only
+from scanlm.scoring import context_limit, in_mode
 
 
 def state_bytes(cache: Any) -> int:
@@ -59,26 +60,22 @@ def state_growth(model: nn.Module, positions: Iterable[int], seed: int = 0) -> l
     Raises:
         ScanLMError: a position before the first token.
     """
-    from scanlm.scoring import context_limit
-
     positions = list(positions)
     if positions and min(positions) < 1:
         raise ScanLMError(f"positions={positions}: expected numbers of tokens >= 1")
     limit = context_limit(model)
     generator = torch.Generator().manual_seed(seed)
-    was_training = model.training
-    model.eval()
     rows = []
-    for position in positions:
-        if limit is not None and position > limit:
-            continue
-        size = (1, position)
-        ids = torch.randint(int(model.config.vocab_size), size, generator=generator)  # type: ignore[union-attr, arg-type]
-        out = model(input_ids=ids.to(next(model.parameters()).device), use_cache=True)
-        cache = getattr(out, "past_key_values", None)
-        cache = out.cache_params if cache is None else cache
-        rows.append({"position": position, "value": state_bytes(cache)})
-    model.train(was_training)
+    with in_mode(model):
+        for position in positions:
+            if limit is not None and position > limit:
+                continue
+            size = (1, position)
+            ids = torch.randint(int(model.config.vocab_size), size, generator=generator)  # type: ignore[union-attr, arg-type]
+            out = model(input_ids=ids.to(next(model.parameters()).device), use_cache=True)
+            cache = getattr(out, "past_key_values", None)
+            cache = out.cache_params if cache is None else cache
+            rows.append({"position": position, "value": state_bytes(cache)})
     return rows
 
 
@@ -102,12 +99,10 @@ def saved_bytes(model: nn.Module, input_ids: Tensor) -> int:
             alive.append(tensor)
         return tensor
 
-    was_training = model.training
-    model.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with in_mode(model, training=True), hooks:
         extra = loss_only(model)
         loss = model(input_ids=input_ids, labels=input_ids, use_cache=False, **extra).loss
-    model.train(was_training)
     del loss
     return sum(kept.values())
 

@@ -118,10 +118,8 @@ class Run:
         check_folder_name("run_id", run_id or "unnamed")
         identity = run_id or _default_id(model, parameters, seed)
         folder = Path(root) / experiment / identity
-        if not resume:
-            folder = _unused(folder)
         fresh = {
-            "run_id": folder.name,
+            "run_id": identity,
             "experiment": experiment,
             "model": model,
             "parameters": plain(parameters),
@@ -134,11 +132,14 @@ class Run:
             "finished": None,
             "status": "running",
         }
-        existing = cls._same(folder, fresh)
-        if existing is not None and existing.finished:
-            return existing
-        run = cls(folder, fresh)
         try:
+            if not resume:
+                folder = _new_folder(folder)
+                fresh["run_id"] = folder.name
+            existing = cls._same(folder, fresh)
+            if existing is not None and existing.finished:
+                return existing
+            run = cls(folder, fresh)
             folder.mkdir(parents=True, exist_ok=True)
             # a process that is refused here must not have said that the run is its own
             with run.only_writer():
@@ -678,12 +679,17 @@ def _without_paths(value: Any) -> Any:
     return _PRIVATE.sub("", value) if isinstance(value, str) else value
 
 
-def _unused(folder: Path) -> Path:
-    number, candidate = 1, folder
-    while candidate.exists():
-        number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
-    return candidate
+def _new_folder(wanted: Path) -> Path:
+    """Make a folder that was not there, of this name or with a number behind it."""
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    number, folder = 1, wanted
+    while True:
+        try:  # no look first, after which another process could make it
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
 
 
 def _now() -> str:

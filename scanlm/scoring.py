@@ -410,22 +410,33 @@ def _progress(items: Any, show: bool) -> Any:
 
 
 @contextmanager
+def in_mode(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """The model in evaluation (or training) mode; every module's mode is restored, also by errors.
+
+    Args:
+        model: any module.
+        training: the mode within.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, before in modes.items():
+            module.training = before
+
+
+@contextmanager
 def _evaluating(
     model: nn.Module, device: str | torch.device | None, precision: str | None
 ) -> Iterator[torch.device]:
-    """The model in evaluation mode, without gradients; every module's mode is restored."""
+    """The model in evaluation mode, without gradients."""
     if device is not None:
         model.to(device)
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        # not inference_mode: tensors that a module keeps must stay usable in training
-        with torch.no_grad(), _autocast(place, precision):
-            yield place
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    # not inference_mode: tensors that a module keeps must stay usable in training
+    with in_mode(model), torch.no_grad(), _autocast(place, precision):
+        yield place
 
 
 def _autocast(device: torch.device, precision: str | None) -> AbstractContextManager[Any]:

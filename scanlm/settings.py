@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticUndefined
 
 from scanlm.errors import ScanLMError, check_name, nearest
 from scanlm.records import check_folder_name
+from scanlm.values import format_value
 
 # settings that cannot change a result: a run is found again whatever they are
 OPERATIONAL = ("root", "cache_dir", "num_workers", "keep_checkpoints", "tensorboard", "wandb")
@@ -61,7 +63,7 @@ class TrainingSettings(BaseModel):
     num_workers: int = Field(default=0, ge=0)  # processes that load data
     tensorboard: bool = False
     wandb: bool = False  # offline unless WANDB_API_KEY is set; never asks
-    experiment: str | None = None  # None: the corpus' name
+    experiment: str | None = Field(default=None, examples=["my_runs"])  # None: the corpus' name
     root: str = "data/runs"
     cache_dir: str = "data/cache"
 
@@ -97,7 +99,7 @@ class TrainingSettings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ScanLMError(_one_line(error)) from error
+            raise first_mistake(error, type(self)) from error
         if self.experiment is not None:
             check_folder_name("experiment", self.experiment)
 
@@ -211,18 +213,60 @@ def _check_config_keys(entry: Any, config: Mapping[str, Any]) -> None:
     """Refuse fields that the model's configuration does not have."""
     if not config:
         return
+    from transformers import PretrainedConfig
+
     from scanlm.baselines import build_model
 
     known = set(build_model(entry, device="meta").config.to_dict()) | set(entry.config)
+    # those that every model of transformers has say nothing of this one
+    shown = known - set(PretrainedConfig().to_dict())
     for name in config:
         if name not in known:
-            raise ScanLMError(f"unknown setting 'config.{name}'.{nearest(str(name), known)}")
+            raise ScanLMError(f"unknown setting 'config.{name}'.{nearest(str(name), shown)}")
 
 
-def _one_line(error: ValidationError) -> str:
+# by pydantic's names of its errors, where its own words are those of Python
+_EXPECTED = (
+    dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "an integer")
+    | dict.fromkeys(("float_type", "float_parsing"), "a number")
+    | dict.fromkeys(("bool_type", "bool_parsing"), "true or false")
+    | dict.fromkeys(("tuple_type", "list_type"), "a list")
+    | dict.fromkeys(("dict_type", "model_type"), "names and their values")
+    | {"string_type": "text", "string_too_short": "some text"}
+    | {"string_pattern_mismatch": "letters, digits, '.', '_' or '-'"}
+)
+
+
+def first_mistake(error: ValidationError, kind: type[BaseModel]) -> ScanLMError:
+    """The first wrong value as an error of one line: its name, the value, what is expected.
+
+    Args:
+        error: what pydantic raised.
+        kind: whose field it is; the field's first example, else its default, is shown.
+    """
     first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        return message
-    name = ".".join(map(str, first["loc"]))
-    return f"{name}={first['input']!r}: {message[0].lower()}{message[1:]}"
+    context, loc = first.get("ctx", {}), first["loc"]
+    if isinstance(own := context.get("error"), ValueError):  # of a check of ours
+        return ScanLMError(str(own))
+    where = ".".join(map(str, loc))
+    if first["type"] == "extra_forbidden":
+        return ScanLMError(f"unknown setting {where!r}.{nearest(str(loc[-1]), kind.model_fields)}")
+    name = next((part for part in reversed(loc) if isinstance(part, str)), "")
+    field = kind.model_fields.get(name)
+    examples = (field.examples or [field.default]) if field is not None else [None]
+    example = ""
+    if examples[0] not in (None, PydanticUndefined, {}):
+        below = where.rpartition(name)[0]  # an entry of a list is shown with all of it
+        example = f", e.g. {below}{name}={format_value(examples[0])}"
+    if first["type"] == "missing":
+        return ScanLMError(f"{where} is missing: give its value{example}")
+    value = f"{where}={first['input']!r:.60}"
+    if first["type"] == "too_short":
+        return ScanLMError(f"{value}: expected at least {context['min_length']} entry{example}")
+    if first["type"] == "string_type":  # what reads like a number has to be quoted
+        quoted = format_value(str(first["input"]))
+        example = f", e.g. {where}={quoted} (with --set in further quotes)"
+    said = first["msg"].removeprefix("Input should be ")
+    if said.startswith(("greater", "less")):
+        said = f"a value {said}"
+    return ScanLMError(f"{value}: expected {_EXPECTED.get(first['type'], said)}{example}")

@@ -30,6 +30,7 @@ from scanlm.errors import ScanLMError
 from scanlm.groups import Group, get_group, word_batch
 from scanlm.length_evaluation import check_lengths, word_logits
 from scanlm.representations import shares
+from scanlm.scoring import in_mode
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -194,42 +195,39 @@ def by_depth(
     c = scan.config.chunk_size
     device = next(model.parameters()).device
     check_lengths(model, [length, trained_length])
-    was_training = model.training
-    model.eval()
+    with in_mode(model):
+        fit_words = max(words, 20 * group.order)
+        fit, _ = word_batch(group, fit_words, trained_length, WORDS_SEED, 0, device, "validation")
+        states, products = prefix_states(model, group, fit)
+        probe = Probe(states.flatten(0, 1).flatten(1), products.flatten(), group.order)
 
-    fit_words = max(words, 20 * group.order)
-    fit, _ = word_batch(group, fit_words, trained_length, WORDS_SEED, 0, device, "validation")
-    states, products = prefix_states(model, group, fit)
-    probe = Probe(states.flatten(0, 1).flatten(1), products.flatten(), group.order)
-
-    codes = leaf_codes(model).float() if c == 1 else None
-    rows = max(batch_tokens // length, 1)
-    sums: dict[str, Tensor] = {}
-    for first in range(0, words, rows):
-        count = min(rows, words - first)
-        tokens, targets = word_batch(
-            group, count, length, WORDS_SEED, 0, device, "test", first=first
-        )
-        states, products = prefix_states(model, group, tokens)
-        wrong = word_logits(model, tokens).argmax(-1) != targets
-        m = states.shape[1]
-        readers = torch.arange(1, m + 1, device=device) * c  # from 0
-        found = {
-            "error": wrong[:, readers],
-            "probe_error": probe.predict(states.flatten(2)) != products,
-        }
-        if codes is not None:
-            distances = torch.cdist(states[:, :, 0].float(), codes)
-            right = distances.gather(-1, products.unsqueeze(-1)).squeeze(-1)
-            nearest = distances.min(-1)
-            found |= {
-                "nearest_error": nearest.indices != products,
-                "distance": nearest.values,
-                "distance_right": right,
+        codes = leaf_codes(model).float() if c == 1 else None
+        rows = max(batch_tokens // length, 1)
+        sums: dict[str, Tensor] = {}
+        for first in range(0, words, rows):
+            count = min(rows, words - first)
+            tokens, targets = word_batch(
+                group, count, length, WORDS_SEED, 0, device, "test", first=first
+            )
+            states, products = prefix_states(model, group, tokens)
+            wrong = word_logits(model, tokens).argmax(-1) != targets
+            m = states.shape[1]
+            readers = torch.arange(1, m + 1, device=device) * c  # from 0
+            found = {
+                "error": wrong[:, readers],
+                "probe_error": probe.predict(states.flatten(2)) != products,
             }
-        for name, values in found.items():
-            sums[name] = sums.get(name, 0) + values.double().sum(0)
-    model.train(was_training)
+            if codes is not None:
+                distances = torch.cdist(states[:, :, 0].float(), codes)
+                right = distances.gather(-1, products.unsqueeze(-1)).squeeze(-1)
+                nearest = distances.min(-1)
+                found |= {
+                    "nearest_error": nearest.indices != products,
+                    "distance": nearest.values,
+                    "distance_right": right,
+                }
+            for name, values in found.items():
+                sums[name] = sums.get(name, 0) + values.double().sum(0)
 
     import pandas as pd
 
@@ -274,29 +272,27 @@ def repair_gain(
     scan = _check_scan(model)
     c = scan.config.chunk_size
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    tokens, _ = word_batch(group, words, length, WORDS_SEED, 0, device, "test")
-    states, _ = prefix_states(model, group, tokens)
-    m = states.shape[1]
-    # the leaf after each prefix; the last one may be partial and has no node
-    leaves = scan.embed(tokens[:, : (length // c) * c]).unflatten(1, (-1, c))[:, 1 : m + 1]
-    left, right = states[:, : leaves.shape[1]].flatten(0, 1), leaves.flatten(0, 1)
-    clean = scan.aggregate(left, right).flatten(1)
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(left.flatten(1).shape, generator=generator).to(left)
-    direction /= direction.norm(dim=1, keepdim=True)
-    norms = left.flatten(1).norm(dim=1, keepdim=True)
-    rows = []
-    for size in sizes:
-        noisy = left + (size * norms * direction).view_as(left)
-        change = scan.aggregate(noisy, right).flatten(1) - clean
-        gain = (change.norm(dim=1) / clean.norm(dim=1) / size).unflatten(0, (words, -1)).mean(0)
-        rows += [
-            {"size": size, "chunks": i, "depth": prefix_depth(i), "gain": value}
-            for i, value in enumerate(gain.tolist(), start=1)
-        ]
-    model.train(was_training)
+    with in_mode(model):
+        tokens, _ = word_batch(group, words, length, WORDS_SEED, 0, device, "test")
+        states, _ = prefix_states(model, group, tokens)
+        m = states.shape[1]
+        # the leaf after each prefix; the last one may be partial and has no node
+        leaves = scan.embed(tokens[:, : (length // c) * c]).unflatten(1, (-1, c))[:, 1 : m + 1]
+        left, right = states[:, : leaves.shape[1]].flatten(0, 1), leaves.flatten(0, 1)
+        clean = scan.aggregate(left, right).flatten(1)
+        generator = torch.Generator().manual_seed(0)
+        direction = torch.randn(left.flatten(1).shape, generator=generator).to(left)
+        direction /= direction.norm(dim=1, keepdim=True)
+        norms = left.flatten(1).norm(dim=1, keepdim=True)
+        rows = []
+        for size in sizes:
+            noisy = left + (size * norms * direction).view_as(left)
+            change = scan.aggregate(noisy, right).flatten(1) - clean
+            gain = (change.norm(dim=1) / clean.norm(dim=1) / size).unflatten(0, (words, -1)).mean(0)
+            rows += [
+                {"size": size, "chunks": i, "depth": prefix_depth(i), "gain": value}
+                for i, value in enumerate(gain.tolist(), start=1)
+            ]
     return pd.DataFrame(rows)
 
 
@@ -330,12 +326,10 @@ def product_contrast(
     device = next(model.parameters()).device
     length = max(chunks) * scan.config.chunk_size + 1
     check_lengths(model, [length])
-    was_training = model.training
-    model.eval()
     words = max(words, 20 * group.order)
     tokens, _ = word_batch(group, words, length, seed, 0, device, "test")
-    found, products = prefix_states(model, group, tokens)
-    model.train(was_training)
+    with in_mode(model):
+        found, products = prefix_states(model, group, tokens)
     ratios = {}
     for i in chunks:
         states, product = found[:, i - 1].flatten(1), products[:, i - 1]
@@ -362,13 +356,11 @@ def code_shares(model: nn.Module, group: Group | str) -> dict[str, dict[str, flo
         ScanLMError: another kind of model, or chunks of several tokens.
     """
     scan, group, leaves = _check_scan(model), get_group(group), leaf_codes(model)
-    was_training = model.training
-    model.eval()
-    words = 50 * group.order
-    tokens, products = word_batch(group, words, 2, WORDS_SEED, 0, leaves.device, "test")
-    left, right = scan.embed(tokens).unsqueeze(2).unbind(1)
-    states = scan.aggregate(left, right)[:, 0].double()
-    model.train(was_training)
+    with in_mode(model):
+        words = 50 * group.order
+        tokens, products = word_batch(group, words, 2, WORDS_SEED, 0, leaves.device, "test")
+        left, right = scan.embed(tokens).unsqueeze(2).unbind(1)
+        states = scan.aggregate(left, right)[:, 0].double()
     sums = states.new_zeros(group.order, states.shape[1]).index_add_(0, products[:, 1], states)
     counts = products[:, 1].bincount(minlength=group.order).clamp(min=1)
     return {

@@ -28,7 +28,7 @@ from scanlm.errors import ScanLMError
 from scanlm.loss import loss_only
 from scanlm.streams import CarriedState, StreamedBlocks
 
-SAVING = ".saving"
+SAVING, STATE_FILE = ".saving", "trainer_state.json"
 
 
 class Diverged(ArithmeticError):
@@ -207,7 +207,7 @@ def decayed_parameters(model: nn.Module) -> list[str]:
 
 def saved_steps(folder: Path) -> list[int]:
     """Steps of a run's complete checkpoints, ascending."""
-    names = [p.parent.name for p in folder.glob("checkpoint-*/trainer_state.json")]
+    names = [p.parent.name for p in folder.glob(f"checkpoint-*/{STATE_FILE}")]
     return sorted(int(n.removeprefix("checkpoint-")) for n in names if n[11:].isdigit())
 
 

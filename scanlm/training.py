@@ -8,6 +8,7 @@ from its last checkpoint, and the metrics after it are measured again.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import importlib.util
 import math
 import os
@@ -28,7 +29,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 
 from scanlm.compiling import as_compiled, compile_model
@@ -57,7 +58,14 @@ from scanlm.scoring import (
 )
 from scanlm.settings import DROPOUT_FIELDS, PRESETS, TrainingSettings, resolve_settings
 from scanlm.streams import StreamedBlocks
-from scanlm.trainer import Diverged, ExactTrainer, OrderedBlocks, check_saved, saved_steps
+from scanlm.trainer import (
+    STATE_FILE,
+    Diverged,
+    ExactTrainer,
+    OrderedBlocks,
+    check_saved,
+    saved_steps,
+)
 from scanlm.values import format_value
 
 PADDED_VOCABULARY = 128  # a model may round its vocabulary up to such multiples
@@ -73,7 +81,8 @@ def train(
 
     Args:
         settings: see ``resolve_settings``.
-        model: use this model instead of building ``settings.model``; its weights are the start.
+        model: use this model instead of building ``settings.model``; its weights are the start, and
+            other weights are another run. Of several ranks each gives the same.
         corpus: use these tokens instead of preparing ``settings.corpus``.
         progress: a bar (True) or a line at each record (False); default a bar if somebody looks.
 
@@ -91,15 +100,36 @@ def train(
     tokens = corpus or prepare(
         settings.corpus, settings.tokenizer, settings.cache_dir, ("train", "validation")
     )
-    if os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true":  # accelerate launch --use_fsdp
-        settings = settings.model_copy(update={"fsdp": True})
+    with _hidden("ACCELERATE_USE_FSDP") as launched:  # by accelerate launch --use_fsdp
+        if launched.lower() == "true":
+            settings = settings.model_copy(update={"fsdp": True})
+        return _train(settings, model, tokens, progress)
+
+
+@contextmanager
+def _hidden(variable: str) -> Iterator[str]:
+    """An environment variable's value, while nobody else sees it: accelerate would shard, too."""
+    value = os.environ.pop(variable, None)
+    try:
+        yield value or ""
+    finally:
+        if value is not None:
+            os.environ[variable] = value
+
+
+def _train(
+    settings: TrainingSettings, model: Any, tokens: TokenizedCorpus, progress: bool | None
+) -> Run:
     set_seed(settings.seed)
+    initial = None if model is None else _weights_hash(model)
     model = _build(settings, tokens.vocab_size) if model is None else model
     _set_dropout(model, settings.dropout)
     blocks = Blocks(tokens["train"].tokens, settings.seq_len)
     _check(settings, model, tokens, blocks)
     precision = resolve_precision(settings.precision)
     parameters = _parameters(settings, model, tokens, precision)
+    if initial is not None:
+        parameters["initial"] = initial
     name = model_name(settings.model)
     experiment = settings.experiment or experiment_name(tokens.name)
     rank = int(os.environ.get("RANK", "0"))
@@ -214,6 +244,8 @@ class _Session:
                         raise KeyboardInterrupt
             else:  # stopped between its last checkpoint and its summary
                 self.trainer._load_from_checkpoint(str(checkpoint))
+                # it knows which step was the best
+                self.trainer.state = TrainerState.load_from_json(f"{checkpoint}/{STATE_FILE}")
         finally:
             self.display.close()
             if bars:
@@ -520,7 +552,7 @@ def _check(settings: TrainingSettings, model: Any, tokens: TokenizedCorpus, bloc
         warnings.warn(
             f"seq_len={settings.seq_len} is {count} of chunk_size={chunk}: nothing is scanned "
             "and T1 is not trained; choose a smaller config.chunk_size",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -549,6 +581,16 @@ def _parameters(
         "precision": precision,
         "config": {k: v for k, v in sorted(config.items()) if k not in noise},
     }
+
+
+def _weights_hash(model: Any) -> str:
+    """Of all weights and buffers that a checkpoint of the model would hold."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        values = tensor.detach().cpu().contiguous().flatten()
+        digest.update(values.view(torch.uint8).numpy())  # numpy has no bfloat16
+    return digest.hexdigest()
 
 
 def sizes(settings: TrainingSettings) -> dict[str, Any]:
@@ -661,6 +703,8 @@ def _leave_together(session: _Session) -> None:
 
 def _lost_rank(error: BaseException) -> bool:
     """Whether a collective operation failed since another process is gone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # then the pipe was somebody else's
+        return False
     if isinstance(error, torch.distributed.DistError):
         return True
     gone = ("connection closed by peer", "connection reset by peer", "broken pipe")

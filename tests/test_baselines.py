@@ -260,10 +260,13 @@ def test_device_and_overrides_reach_the_family() -> None:
     [
         ("id: mine\nfamily: [gpt2\n", r"mine.yaml, line 3, is not YAML"),
         ("- gpt2\n", r"mine.yaml must hold one mapping"),
-        ("id: mine\n", r"mine.yaml: family: field required"),
-        ("id: my model\nfamily: gpt2\n", r"mine.yaml: id: "),
+        ("id: mine\n", r"mine.yaml: family is missing: give its value"),
+        ("id: my model\nfamily: gpt2\n", r"mine.yaml: id='my model': expected letters, digits"),
         ("id: mine\nfamily: gpt2\nconfg: {}\n", r"unknown field 'confg'. Did you mean 'config'"),
-        ("id: mine\nfamily: gpt2\nconfig: 3\n", r"mine.yaml: config: "),
+        (
+            "id: mine\nfamily: gpt2\nconfig: 3\n",
+            r"mine.yaml: config=3: expected names and their values",
+        ),
         (
             "id: mine\nfamily: gpt2\ntraining: {learning_rate: 1}\n",
             r"mine.yaml: training: unknown setting 'learning_rate'",

@@ -178,6 +178,7 @@ def test_the_module_is_the_command() -> None:
         (["--nonsense"], "; see scanlm --help"),
         (["evaluate"], "scanlm evaluate: Missing argument"),
         (["run", "01", "-p"], "-p"),
+        (["run", "01", "-p", "chunks", "--preset", "smoke"], "'chunks' has no value before --pres"),
         (["curriculum", "--presett", "smoke"], "; see scanlm curriculum --help"),
         (["curriculum", "--seeds"], "; see scanlm curriculum --help"),
         (["benchmark", "training", "--steps"], "; see scanlm benchmark training --help"),
@@ -262,6 +263,7 @@ def test_dropouts_that_are_not_equal_are_shown_apart(tmp_path: Path) -> None:
         (["gla_tiny", "--set", "config.expandk=1"], "'config.expandk'. Did you mean 'expand_k'?"),
         # the one that does not have it is named
         (["gla_tiny", "gpt2_tiny", "--set", "config.expand_k=1"], "'gpt2_tiny': unknown setting"),
+        (["gla_tiny", "--set", "config.foo=1"], "'config.foo'. Known: attn, attn_mode, attn_pdrop"),
         (["gla_tiny", "--set", "config.num_heads=5"], "num_heads=5"),
         (["gla_tiny", "--set", "lr=1"], "'lr' is no field of a model: expected config.<field>"),
         (["gla_tiny", "--set", "config.num_heads"], "is no assignment: expected key=value"),
@@ -407,8 +409,12 @@ def test_the_dry_run_is_what_is_trained(corpus: Path, tmp_path: Path) -> None:
         (["--lr", "1", "--set", "lr=1"], "'lr' is given twice"),
         (["--lr", "1", "--set", "training.lr=1"], "'training.lr' is given twice"),
         (["--preset", "smokey"], "unknown preset 'smokey'. Did you mean 'smoke'?"),
-        (["--lr", "-1"], "lr=-1.0: input should be greater than 0"),
-        (["--steps", "0"], "steps=0: input should be greater than or equal to 1"),
+        (["--lr", "-1"], "lr=-1.0: expected a value greater than 0, e.g. lr=0.0"),
+        (["--steps", "0"], "steps=0: expected a value greater than or equal to 1, e.g. st"),
+        (
+            ["--set", "experiment=2024"],
+            'experiment=2024: expected text, e.g. experiment="2024" (with --set in further quotes)',
+        ),
         (["--set", "config.chunk_size=0"], "chunk_size"),
         (["--set", "config.n_head=5"], "n_head"),
         (
@@ -580,6 +586,26 @@ def test_evaluate_takes_several_corpora_and_splits(trained: dict[str, Any]) -> N
         for split in ("validation", "test")
     ]  # fmt: skip
     assert "of one split of one corpus: give one" in refused(*arguments, "--compare")
+
+
+def test_a_checkpoint_that_is_scored_on_several_texts_is_loaded_once(
+    trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scanlm import checkpoints
+
+    load, loaded = checkpoints.load_checkpoint, []
+
+    def counted(target: Any, *arguments: Any, **options: Any) -> Any:
+        loaded.append(target)
+        return load(target, *arguments, **options)
+
+    monkeypatch.setattr(checkpoints, "load_checkpoint", counted)
+    run, other = map(str, trained["runs"].values())
+    fine(*evaluate_arguments(trained, run), "--split", "validation,test")
+    assert loaded == [run]
+    loaded.clear()
+    fine(*evaluate_arguments(trained, run, other))  # checked, then scored; one in memory
+    assert loaded == [run, other, run, other]
 
 
 def records(trained: dict[str, Any]) -> set[Path]:
@@ -806,7 +832,7 @@ def test_a_distributed_checkpoint_needs_its_config(trained: dict[str, Any], tmp_
             {"name": "two words", "sizes": [1, 2]},
         ),
         (["-p", "name", ""], {"name": ""}),
-        (["-p", "preset", "--preset"], {"preset": "--preset"}),
+        (["-p", "preset=--preset"], {"preset": "--preset"}),
         ([], {}),
     ],
 )

@@ -16,9 +16,23 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scanlm import ScanLMConfig, ScanLMForCausalLM, curriculum, curriculum_step
-from scanlm.curriculum import check_same_training, open_run, preset_settings, train, train_many
+from scanlm.curriculum import (
+    check_same_training,
+    open_run,
+    preset_settings,
+    record_folder,
+    train,
+    train_many,
+)
 from scanlm.curriculum_settings import PRESETS, Stage
-from scanlm.curriculum_step import Learner, check_model, folded_logits, learning_rate, noisy
+from scanlm.curriculum_step import (
+    Learner,
+    check_model,
+    folded_logits,
+    learning_rate,
+    noisy,
+    step_seed,
+)
 from scanlm.dropout import set_dropout
 from scanlm.errors import ScanLMError
 from scanlm.groups import get_group, running_products, word_batch
@@ -98,12 +112,17 @@ def test_overrides_reach_stages_and_config() -> None:
         ("config.attn_pdrop=7", r"config.attn_pdrop=7 is outside \[0, 1\)"),
         ("config.vocab_size=7", "config.vocab_size=7: the vocabulary is always the group's order"),
         ("stages.0.lr=-1", "greater than 0"),
-        ("stages.0.lr=.inf", r"stages.0.lr=inf: Input should be a finite number"),
-        ("clip=.nan", "clip=nan: Input should be a finite number"),
-        ("betas=[0.9, 3]", "betas.1=3: Input should be less than 1"),
+        ("stages.0.lr=.inf", r"stages.0.lr=inf: expected a finite number, e.g. stages.0.lr=0.0001"),
+        ("clip=.nan", "clip=nan: expected a finite number, e.g. clip=1.0"),
+        ("betas=[0.9, 3]", r"betas.1=3: expected a value less than 1, e.g. betas=\[0.9, 0.999\]"),
         ("stories=10", "fewer than the batch"),
         ("eval_lengths=[]", "eval_lengths is empty: name at least one"),
-        ("eval_precisions=[]", r"eval_precisions=\[\]: .* at least 1 item"),
+        ("eval_precisions=[]", r"eval_precisions=\[\]: .* at least 1 entry"),
+        ("stages=3", r"stages=3: expected a list, e.g. stages=\[\{\"length\": 4, "),
+        ("stages=[3]", r"stages.0=3: expected names and their values"),
+        ("stages=[{lr: 1}]", r"stages.0.length is missing: give its value, e.g. stages.0.length=4"),
+        ("config=3", r"config=3: expected names and their values$"),
+        ("compile=7", "compile=7: expected true or false"),
         ("eval_lengths=[0, -3]", "eval_lengths: a length must be at least 1, got -3"),
         ("seed", "expected key=value"),
     ],
@@ -112,6 +131,13 @@ def test_wrong_settings_are_one_clear_line(change: str, message: str) -> None:
     with pytest.raises(ScanLMError, match=message) as error:
         preset_settings("smoke", [change])
     assert "\n" not in str(error.value)
+
+
+def test_a_group_has_one_name() -> None:
+    settings = [preset_settings("smoke", [f"group={name}"]) for name in ("S3", "s3")]
+    assert settings[0] == settings[1]
+    assert settings[1].group == "S3"
+    assert record_folder(settings[0]) == record_folder(settings[1])
 
 
 def test_a_comparison_model_does_not_get_the_scan_models_config() -> None:
@@ -302,6 +328,33 @@ def test_folding_is_another_bracketing_of_the_same_words() -> None:
 
     model.t1 = Sum()  # associative: then the bracketing makes no difference
     torch.testing.assert_close(folded_logits(model, x, 4), word_logits(model, x))
+
+
+def test_folding_words_whose_last_chunk_is_partial() -> None:
+    torch.manual_seed(0)
+    config = {**PRESETS["smoke"]["config"], "initializer_range": 0.5, "chunk_size": 2}
+    model = ScanLMForCausalLM(ScanLMConfig(vocab_size=6, **config)).double().eval()
+    for length in range(1, 8):  # up to 3 whole chunks there is one tree
+        x, _ = word_batch("S3", 2, length)
+        torch.testing.assert_close(folded_logits(model, x, 2), word_logits(model, x))
+    settings = preset_settings("smoke", [*TINY, "left_fold=0.5", "config.chunk_size=2"])
+    learner = Learner(settings, torch.device("cpu"))
+    learner.begin_stage(settings.stages[1])  # words of 3 letters
+    learner.advance(1)
+    assert math.isfinite(learner.read(1)[0])
+
+
+def test_every_seed_of_a_run_is_one_of_torch() -> None:
+    assert step_seed(3, 7) == 3 * 2**40 + 7  # as recorded runs had it
+    seeds = [0, 1, 2**23, 2**24 - 1, 2**24, 2**24 + 1, 2**32 - 1]
+    states = {step_seed(seed, step) for seed in seeds for step in (0, 1, 2**32 - 1)}
+    assert len(states) == 3 * len(seeds)
+    assert max(states) < 2**64
+    settings = preset_settings("smoke", TINY, seed=2**32 - 1)
+    learner = Learner(settings, torch.device("cpu"))
+    learner.begin_stage(settings.stages[0])
+    learner.advance(1)
+    assert math.isfinite(learner.read(1)[0])
 
 
 @pytest.mark.parametrize("preset", ["paper", "laptop", "smoke"])

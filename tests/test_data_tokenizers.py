@@ -199,6 +199,7 @@ def test_gpt2_is_kept_in_the_cache_for_machines_without_network(bpe, tmp_path, m
     [
         ("gpt-2", "unknown tokenizer 'gpt-2'.*Did you mean 'gpt2'"),
         ("bpe:100", "at least 257 entries"),
+        ("bpe:999999999999", "bpe:999999999999: .* at most 1048576; e.g. bpe:4096"),
         ("bpe:many", "unknown tokenizer 'bpe:many'.*bpe:<size>"),
         ("bpe:300", "is trained on a corpus; give one"),
     ],

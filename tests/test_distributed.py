@@ -166,7 +166,11 @@ def test_mistakes(text: Path, tmp_path: Path) -> None:
             TrainingSettings(fsdp=True, **{name: True})
 
 
-def test_only_a_lost_rank_is_one() -> None:
+def test_only_a_lost_rank_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_pipe = RuntimeError("write failed: Broken pipe")
+    assert not _lost_rank(broken_pipe)  # there is no other rank that could have been lost
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert _lost_rank(broken_pipe)
     closed = "[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1"
     assert _lost_rank(RuntimeError(closed))
     assert _lost_rank(torch.distributed.DistBackendError("NCCL error: remote process exited"))

@@ -229,6 +229,16 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     assert lines[0].startswith("already finished")
 
 
+def test_another_machine_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tiny(tmp_path, positions=(), batch_sizes=(), chunk_sizes=())
+    first = benchmark_inference(settings, report=lambda line: None)
+    monkeypatch.setattr("scanlm.provenance._cpu_model", lambda: "another CPU")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *device: "another GPU")
+    other = benchmark_inference(settings, report=lambda line: None)
+    assert other.folder != first.folder
+    assert other.info["parameters"]["machine"].endswith(("another CPU", "another GPU"))
+
+
 def test_an_interrupted_run_keeps_what_it_measured_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

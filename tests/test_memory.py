@@ -1,5 +1,7 @@
 """State sizes against the arithmetic of each family; what a training step keeps."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -68,6 +70,27 @@ def test_saved_bytes_are_what_the_backward_pass_needs() -> None:
 
     ids = torch.ones(3, 5, dtype=torch.long)
     assert saved_bytes(Square(), ids) == 2 * 3 * 5 * 4
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_error_leaves_the_mode(training: bool) -> None:
+    class Broken(nn.Module):
+        config = SimpleNamespace(vocab_size=5)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, **_: object) -> object:
+            raise RuntimeError("out of memory")
+
+    model = Broken().train(training)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        state_growth(model, [1])
+    assert model.training is training
+    with pytest.raises(RuntimeError, match="out of memory"):
+        saved_bytes(model, torch.ones(1, 2, dtype=torch.long))
+    assert model.training is training
 
 
 def test_saved_bytes_grow_with_the_batch_and_leave_the_mode() -> None:

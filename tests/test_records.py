@@ -173,6 +173,22 @@ def test_a_finished_run_is_never_overwritten(tmp_path: Path) -> None:
     assert run.summary == {"loss": 1.0}
 
 
+def test_a_new_run_is_not_that_of_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, taken = Path.mkdir, []
+
+    def overtaken(folder: Path, *arguments: Any, **options: Any) -> None:
+        if folder.name.startswith("m-s0-") and not taken:
+            taken.append(folder)
+            make(folder)  # another process, between a look and the making of the folder
+        make(folder, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", overtaken)
+    run = Run.create("embedded", "m", {}, 0, root=tmp_path, resume=False)
+    assert run.folder.name == run.run_id == f"{taken[0].name}-2"
+
+
 def test_an_unfinished_run_is_continued(tmp_path: Path) -> None:
     run = make(tmp_path)
     run.log("loss", 1.0, step=1)

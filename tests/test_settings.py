@@ -100,7 +100,7 @@ def test_another_model_is_no_setting(key: str) -> None:
 
 def test_a_seed_that_numpy_does_not_take_is_refused() -> None:
     assert resolve_settings("small", "smoke", {"seed": 2**32 - 1}).seed == 2**32 - 1
-    with pytest.raises(ScanLMError, match="seed=4294967296: input should be less than 4294967296"):
+    with pytest.raises(ScanLMError, match="seed=4294967296: expected a value less than 4294967296"):
         resolve_settings("small", "smoke", {"seed": 2**32})
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from scanlm import ScanLMConfig, ScanLMForCausalLM, trees
 from scanlm.errors import ScanLMError
 from scanlm.groups import get_group, running_products, word_batch
+from scanlm.length_evaluation import evaluate_lengths
 from scanlm.representations import components
 from scanlm.scan import scan_tree
 from scanlm.state_probe import (
@@ -136,6 +137,30 @@ def test_untrained_models_are_wrong_and_left_as_they_were() -> None:
     assert table["error"].mean() > 0.5
     again = by_depth(model, "S3", length=20, trained_length=6, words=40)
     assert table.equals(again)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda model: by_depth(model, "S3", length=8, trained_length=6, words=4),
+        lambda model: repair_gain(model, "S3", length=8, words=4),
+        lambda model: product_contrast(model, "S3", words=4),
+        lambda model: code_shares(model, "S3"),
+        lambda model: evaluate_lengths(model, "S3", [4], sequences=4),
+    ],
+)
+def test_an_error_leaves_the_mode(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    model = small().train()
+    model.t2.eval()  # every part has its own
+    monkeypatch.setattr(model.t1, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        measure(model)
+    assert model.training
+    assert model.t1.training
+    assert not model.t2.training
 
 
 def test_batches_do_not_change_the_measurement() -> None:

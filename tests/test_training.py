@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from scanlm.checkpoints import load_checkpoint
 from scanlm.config import ScanLMConfig
 from scanlm.data import Blocks, TokenizedCorpus, prepare
 from scanlm.errors import ScanLMError
@@ -132,6 +133,55 @@ def test_a_finished_run_is_returned_as_it_is(corpus: TokenizedCorpus, tmp_path: 
     assert (run.folder / "metrics.jsonl").stat().st_mtime_ns == before
     validation = read_metrics(run.folder).query("split == 'validation' and name == 'perplexity'")
     assert list(validation["step"]) == [4, 8, 12]  # each once
+
+
+def test_other_initial_weights_are_another_run(corpus: TokenizedCorpus, tmp_path: Path) -> None:
+    settings = TrainingSettings(**SMALL | {"steps": 1}, root=str(tmp_path))
+    other = small_model()
+    with torch.no_grad():
+        other.t2.h[0].mlp.c_fc.bias[-1] += 1
+    runs = [train(settings, model, corpus) for model in (small_model(), other, small_model())]
+    assert runs[0].folder == runs[2].folder != runs[1].folder
+    assert runs[0].summary["loss"] != runs[1].summary["loss"]
+
+
+def test_a_run_without_a_model_of_its_own_has_the_id_it_had(
+    corpus: TokenizedCorpus, tmp_path: Path
+) -> None:
+    values = SMALL | {"model": "scanlm_tiny", "config": {"chunk_size": 2}, "steps": 1}
+    run = train(TrainingSettings(**values, root=str(tmp_path)), corpus=corpus)
+    assert "initial" not in run.info["parameters"]
+
+
+def test_a_best_step_in_the_middle_is_kept_and_found_again(
+    corpus: TokenizedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {4: 2.0, 8: 1.0, 12: 3.0, 16: 2.5}
+    monkeypatch.setattr(
+        "scanlm.training._Session._score", lambda self: losses[self.trainer.state.global_step]
+    )
+    values = {"steps": 16, "keep_checkpoints": 1}
+    settings = TrainingSettings(**SMALL | values, root=str(tmp_path))
+    run = train(settings, small_model(), corpus)
+    assert saved_steps(run.folder) == [8, 16]
+    assert run.summary["best_step"] == 8
+    assert load_checkpoint(run.folder, "best").step == 8
+    # as if it had been stopped before it could write the summary
+    summary = run.summary
+    (run.folder / "summary.json").unlink()
+    again = train(settings, small_model(), corpus)
+    assert saved_steps(again.folder) == [8, 16]
+    assert (again.summary["best_step"], again.summary["loss"]) == (8, summary["loss"])
+
+
+def test_fsdp_by_accelerate_is_asked_for_in_every_call(
+    corpus: TokenizedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    settings = TrainingSettings(**SMALL, root=str(tmp_path))
+    for _ in range(2):
+        with pytest.raises(ScanLMError, match="fsdp=true shares the model out over several ranks"):
+            train(settings, small_model(), corpus)
 
 
 def test_one_dropout_is_that_of_every_part(corpus: TokenizedCorpus, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from scanlm.benchmark.timing import (
     time_prefill,
     time_steps,
 )
-from scanlm.devices import usable_device
+from scanlm.devices import machine_name, usable_device
 from scanlm.errors import ScanLMError, check_name
 from scanlm.records import Run, read_metrics
 from scanlm.scan import lowest_bit
@@ -175,6 +175,7 @@ def benchmark_inference(settings: InferenceSettings, report: Callable[[str], Non
     hidden = ("seed", "root", "picture")
     parameters = {k: v for k, v in asdict(settings).items() if k not in hidden}
     parameters |= {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+    parameters["machine"] = machine_name(device)
     parameters["sizes"] = asdict(SIZES[settings.size])
     run = Run.create("inference", settings.size, parameters, settings.seed, settings.root)
     if run.finished:

@@ -19,7 +19,7 @@ from scanlm.benchmark.kernel_times import kernel_milliseconds, short_name
 from scanlm.benchmark.timing import synchronize
 from scanlm.curriculum_settings import Stage, StateTrackingSettings, preset_settings
 from scanlm.curriculum_step import EAGER_STEPS, Learner
-from scanlm.devices import usable_device
+from scanlm.devices import machine_name, usable_device
 from scanlm.errors import ScanLMError, check_name
 from scanlm.records import Run, read_metrics
 from scanlm.values import check_duration
@@ -115,17 +115,13 @@ def benchmark_state_tracking(
     Raises:
         KeyboardInterrupt: recorded; what was measured is kept and the same call goes on.
     """
-    import torch
-
     device = usable_device(settings.device)
     ways = settings.ways or (WAYS if device.type == "cuda" else ("eager",))
     example = settings.training()
     parameters: dict[str, Any] = {k: v for k, v in asdict(settings).items() if k != "root"}
     lengths = settings.chosen_lengths()
     parameters |= {"lengths": lengths, "ways": ways, "precision": example.precision}
-    parameters["device"] = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    )
+    parameters["device"] = machine_name(device)
     run = Run.create("state_tracking_speed", example.model, parameters, 0, settings.root)
     if run.finished:
         report(f"already finished: {run.folder}")

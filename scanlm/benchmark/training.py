@@ -42,7 +42,7 @@ from scanlm.benchmark.training_step import (
     flops_per_token,
     modes_of,
 )
-from scanlm.devices import usable_device
+from scanlm.devices import machine_name, usable_device
 from scanlm.errors import ScanLMError, check_name
 from scanlm.records import Run, read_metrics
 from scanlm.values import check_duration
@@ -196,7 +196,7 @@ def benchmark_training(
         raise ScanLMError("; ".join(nothing))
     left = ("seed", "root", "max_seconds")
     parameters = {k: v for k, v in asdict(s).items() if k not in left}
-    parameters["machine"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    parameters["machine"] = machine_name(device)
     assert s.models is not None
     run = Run.create("training_speed", s.models[0], parameters, s.seed, s.root)
     if run.finished:

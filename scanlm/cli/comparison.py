@@ -39,8 +39,10 @@ def evaluate_all(
         ScanLMError: no corpus is given or known, ``ranked`` targets are read in different ways, and
             whatever ``evaluate`` raises.
     """
+    from scanlm.checkpoints import load_checkpoint
     from scanlm.evaluation import evaluate
 
+    options["load"] = _keeping_the_last(load_checkpoint)
     asked = [
         (target, corpus, split)
         for corpus in corpora or [trained_on(targets[0])]
@@ -53,6 +55,20 @@ def evaluate_all(
             _check_comparable(checked)
     for each in asked:
         evaluate(*each, **options, report=report, progress=sys.stderr.isatty())
+
+
+def _keeping_the_last(load: Callable[..., Any]) -> Callable[..., Any]:
+    """``load``, but what it returned last is returned again where it is asked for again."""
+    last: dict[Any, Any] = {}
+
+    def loading(*arguments: Any, **options: Any) -> Any:
+        asked = (*arguments, *options.items())
+        if asked not in last:
+            last.clear()  # first, so that there is memory for the next one
+            last[asked] = load(*arguments, **options)
+        return last[asked]
+
+    return loading
 
 
 def _check_comparable(rows: Rows) -> None:

@@ -134,6 +134,13 @@ class NamedValues(TyperCommand):
                 name = next(rest, None)
                 if name is not None and "=" not in name:
                     value = next(rest, None)
+                    if value is not None and value.startswith("--"):
+                        raise typer.BadParameter(
+                            f"{name!r} has no value before {value}; give one, or "
+                            f"{arg} {name}={value} if that is the value",
+                            ctx=ctx,
+                            param_hint=repr(arg),
+                        )
                     name = name if value is None else f"{name}={value}"
                 joined += [arg] if name is None else [arg, name]
             else:

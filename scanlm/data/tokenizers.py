@@ -23,6 +23,7 @@ from scanlm.errors import ScanLMError, nearest
 END_OF_TEXT = "<|endoftext|>"
 HUB_NAMES = {"gpt2": "openai-community/gpt2", "openai-community/gpt2": "openai-community/gpt2"}
 NUM_BYTES = 256
+LARGEST_BPE = 2**20  # entries
 GPT2_VOCABULARY = 50257
 _BPE = re.compile(r"bpe:(\d+)")
 
@@ -282,11 +283,15 @@ def check_byte_level(tokenizer: Any, name: str) -> None:
 
 
 def _check_size(size: int) -> int:
-    """The size of a ``bpe:<size>``, if all bytes and the end of text fit into it."""
-    if size < NUM_BYTES + 1:
+    """The size of a ``bpe:<size>``, if all bytes and the end of text fit into it.
+
+    The trainer of the tokenizers library asks for memory for all entries at once and ends the
+    process where there is too little.
+    """
+    if not NUM_BYTES + 1 <= size <= LARGEST_BPE:
         raise ScanLMError(
             f"tokenizer bpe:{size}: expected at least {NUM_BYTES + 1} entries, the bytes and the "
-            "end of text"
+            f"end of text, and at most {LARGEST_BPE}; e.g. bpe:4096"
         )
     return size
 

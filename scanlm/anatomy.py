@@ -22,7 +22,7 @@ def _count(*modules: nn.Module) -> int:
 
 
 def parameter_table(model: ScanLMForCausalLM, seq_len: int) -> pd.DataFrame:
-    """Parameters and training arithmetic of T0, T1, T2 and the head.
+    """Parameters and training arithmetic of T0, T1, T2 (with its prefix embedding) and the head.
 
     Args:
         model: any ScanLM.
@@ -40,10 +40,11 @@ def parameter_table(model: ScanLMForCausalLM, seq_len: int) -> pd.DataFrame:
 
     work = {part: 3 * n / seq_len / 1e6 for part, n in scanlm_parts(model.config, seq_len).items()}
     tied = model.lm_head.weight is model.wte.weight
+    reader = [model.t2] if model.wse is None else [model.t2, model.wse]
     rows = [
         ("T0", "embeds tokens", _count(model.wte, model.wpe, model.leaf_norm), 0.0),
         ("T1", "aggregates two states", _count(model.t1), work["t1"]),
-        ("T2", "predicts within a chunk", _count(model.t2), work["t2"]),
+        ("T2", "predicts within a chunk", _count(*reader), work["t2"]),
         ("head", "scores the vocabulary", 0 if tied else _count(model.lm_head), work["head"]),
     ]
     table = pd.DataFrame(rows, columns=["part", "role", "parameters", "mflop_per_token"])

@@ -28,6 +28,15 @@ from scanlm.scan import OnlineScan
 
 Aggregate = Callable[[Tensor, Tensor], Tensor]
 FILE_FORMAT, RAGGED_FORMAT = "scanlm-cache-1", "scanlm-ragged-cache-1"
+CACHE_IGNORED = "use_cache=True does not go with gradient checkpointing: going on without a state"
+
+
+def recomputes(model: nn.Module) -> bool:
+    """Whether a backward pass will run the model's blocks again, and advance a state again."""
+    if not (model.training and torch.is_grad_enabled()):
+        return False
+    # transformers' property of the model has other names in other versions
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 @dataclass

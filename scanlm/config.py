@@ -17,7 +17,16 @@ from scanlm.values import is_number
 TRAIN_MODES = ("blelloch", "sequential", "parallel")
 POSITION_EMBEDDINGS = ("absolute", "chunk")
 NOT_FIELDS = ("model_type", "transformers_version")  # of ``to_dict``
-NOT_SAVED = ("attn_implementation", "name_or_path", "torch_dtype")  # transformers takes them too
+NOT_SAVED = (  # transformers takes them too
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "name_or_path",
+    "num_labels",
+    "per_layer_config",
+    "quantization_config",
+    "torch_dtype",
+)
 
 # n_embd, t2_layers, n_head: the original's size table; medium and large are GPT-2's
 PRESETS: dict[str, tuple[int, int, int]] = {
@@ -70,7 +79,8 @@ class ScanLMConfig(PretrainedConfig):
         tie_word_embeddings: use the token embedding as the output projection too.
 
     Raises:
-        ScanLMError: a value is of another type or out of range; the message names it.
+        ScanLMError: an unknown field (with the nearest); a value is of another type or out of
+            range; the message names it.
     """
 
     model_type = "scanlm"
@@ -108,7 +118,10 @@ class ScanLMConfig(PretrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Check the values (called by the generated ``__init__``)."""
+        """Check names and values (called by the generated ``__init__``)."""
+        # a saved configuration, which names its type, may hold what other tools put there
+        if kwargs and "model_type" not in kwargs:
+            self.check_names(name for name in kwargs if not name.startswith("_"))
         super().__post_init__(**kwargs)
         for name in ("vocab_size", "n_positions", "n_embd", "n_head", "chunk_size"):
             self._check_count(name)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from typing import Any
 
@@ -63,6 +64,7 @@ class Decoder:
         ScanLMError: a model in training mode, whose dropout has no place in a captured step.
     """
 
+    @torch.inference_mode(False)  # else streams outside of inference mode could not write to it
     @torch.no_grad()
     def __init__(
         self,
@@ -264,11 +266,11 @@ class Decoder:
 
     def _capture_all(self) -> None:
         """Capture a step, a filling and a combine; each serves every position."""
-        pool = torch.cuda.graph_pool_handle()
+        pool, device = torch.cuda.graph_pool_handle(), self.buffers.token.device
         left, right, out = (torch.zeros_like(self.buffers.chunk) for _ in range(3))
-        join = captured(lambda: out.copy_(self.model.aggregate(left, right)), pool)
-        self._fill_all = captured(self._fill_all, pool)
-        self._step = captured(self._step_and_choose, pool)
+        join = captured(lambda: out.copy_(self.model.aggregate(left, right)), pool, device)
+        self._fill_all = captured(self._fill_all, pool, device)
+        self._step = captured(self._step_and_choose, pool, device)
 
         def combine(a: Tensor, b: Tensor) -> Tensor:
             left.copy_(a)
@@ -279,18 +281,31 @@ class Decoder:
         self._combine = combine
 
 
-def captured(function: Callable[[], Any], pool: Any) -> Callable[[], None]:
-    """A function without arguments as a CUDA graph; running it first tunes its kernels."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
+def captured(function: Callable[[], Any], pool: Any, device: torch.device) -> Callable[[], None]:
+    """A function without arguments as a CUDA graph; running it first tunes its kernels.
+
+    Args:
+        function: what is captured.
+        pool: the memory that graphs share, of ``torch.cuda.graph_pool_handle``.
+        device: where it runs, which need not be the current device.
+    """
+    side = _capture_stream(device)
+    with torch.cuda.device(device):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        function()
-    return graph.replay
+    return graph.replay  # on the device that it was captured on
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs of a device, so that they share memory. Torch's own is of one device."""
+    return torch.cuda.Stream(device)
 
 
 def _kernels_fit(model: Any) -> bool:
@@ -319,12 +334,7 @@ def stream(
     check_tokens(input_ids, model.config.vocab_size)  # the former looks at them on the CPU only
     if model.training:
         raise ScanLMError("the model is in training mode: call model.eval() before streaming")
-    lengths = model._check_mask(input_ids, attention_mask, past_key_values, cached=True)
-    if past_key_values is not None and lengths is not None:
-        raise ScanLMError(
-            "past_key_values is an empty ScanCache, whose rows have one length, and attention_mask "
-            "pads some: leave past_key_values out"
-        )
+    model._check_mask(input_ids, attention_mask, past_key_values, cached=True)
     seen = 0 if past_key_values is None else past_key_values.get_seq_length()
     length = seen + input_ids.shape[1]
     model._check_length(length + (max_new_tokens or 1))

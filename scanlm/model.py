@@ -18,7 +18,9 @@ Shapes: ``b`` sequences, ``t`` tokens, ``c`` = chunk_size, ``d`` = n_embd, ``v``
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from scanlm.cache import RaggedScanCache, ScanCache
+from scanlm.cache import CACHE_IGNORED, RaggedScanCache, ScanCache, recomputes
 from scanlm.config import ScanLMConfig
 from scanlm.errors import ScanLMError
 from scanlm.generation import (
@@ -115,7 +117,7 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
 
         Raises:
             ScanLMError: a GPT-2 whose attention scores are scaled in another way; an override
-                that is no field, or out of range.
+                that is no field, out of range, or of a size that the GPT-2's weights do not have.
         """
         ScanLMConfig.check_names(overrides)
         if isinstance(gpt2, str):
@@ -138,7 +140,9 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         )
         fields = {name: getattr(gpt2.config, name) for name in names.split()}
         fields |= {"t2_layers": gpt2.config.n_layer, "leaf_norm": False, "chunk_size": chunk_size}
-        model = cls(ScanLMConfig(**{**fields, **overrides})).to(gpt2.dtype)
+        config = ScanLMConfig(**{**fields, **overrides})
+        cls._check_gpt2_sizes(config, gpt2.config)
+        model = cls(config).to(gpt2.dtype)
         model.wte.load_state_dict(gpt2.transformer.wte.state_dict())
         positions = gpt2.transformer.wpe.weight[: model.wpe.num_embeddings]
         model.wpe.load_state_dict({"weight": positions})
@@ -146,6 +150,31 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         model.t2.ln_f.load_state_dict(gpt2.transformer.ln_f.state_dict())
         model.lm_head.load_state_dict(gpt2.lm_head.state_dict())
         return model.eval()
+
+    @staticmethod
+    def _check_gpt2_sizes(config: ScanLMConfig, gpt2: Any) -> None:
+        def inner(c: Any) -> int:
+            return 4 * c.n_embd if c.n_inner is None else c.n_inner
+
+        for name, mine, its in (
+            ("vocab_size", config.vocab_size, gpt2.vocab_size),
+            ("n_embd", config.n_embd, gpt2.n_embd),
+            ("n_head", config.n_head, gpt2.n_head),
+            ("n_inner", inner(config), inner(gpt2)),
+            ("t2_layers", config.t2_layers, gpt2.n_layer),
+        ):
+            if mine != its:
+                raise ScanLMError(
+                    f"{name}={mine} does not fit the GPT-2, whose weights are of {name}={its}: "
+                    "leave it out"
+                )
+        absolute = config.position_embedding == "absolute"
+        name = "n_positions" if absolute else "chunk_size"
+        if (positions := getattr(config, name)) > gpt2.n_positions:
+            raise ScanLMError(
+                f"{name}={positions} needs more positions than the GPT-2's {gpt2.n_positions}: "
+                "choose at most as many"
+            )
 
     # T0, T1 and the tree
 
@@ -247,6 +276,12 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         c = self.config.chunk_size
         x = self.embed(input_ids, cache.length)
         cache.check(self.aggregate, x)
+        if (cache.fill or x.shape[1] % c) and recomputes(self):
+            raise ScanLMError(
+                f"past_key_values holds {cache.fill} tokens of a chunk and the input is "
+                f"{x.shape[1]} tokens: gradient checkpointing needs whole chunks of {c}, since "
+                "the backward pass would add a chunk's keys to the state again"
+            )
         cache.length += x.shape[1]
         hidden = []
         if cache.fill:
@@ -305,18 +340,22 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
             hidden[rows] = self._stream(input_ids[rows], part, input_ids.shape[1]).to(hidden.dtype)
         return hidden
 
-    def _ragged(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, RaggedScanCache]:
-        """A left-padded batch ``(b, t)``: hidden states (zeros at padding) and its cache."""
+    def _ragged(
+        self, input_ids: Tensor, lengths: Tensor, cached: bool
+    ) -> tuple[Tensor, RaggedScanCache | None]:
+        """A left-padded batch ``(b, t)``: hidden states (zeros at padding) and, if asked for, its
+        cache."""
         t = input_ids.shape[1]
         hidden = input_ids.new_zeros((*input_ids.shape, self.config.n_embd), dtype=self.dtype)
         parts = []
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero().squeeze(1)
-            part = self.new_cache()
-            states = self._stream(input_ids[rows, t - length :], part, length)
+            part = self.new_cache() if cached else None
+            states = self._hidden(input_ids[rows, t - length :], part, length)
             hidden[rows, t - length :] = states.to(hidden.dtype)
-            parts.append((rows, part))
-        return hidden, RaggedScanCache(parts, columns=t)
+            if part is not None:
+                parts.append((rows, part))
+        return hidden, RaggedScanCache(parts, columns=t) if cached else None
 
     def new_cache(self) -> ScanCache:
         """An empty streaming state of this model."""
@@ -393,37 +432,45 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
                 and is refused where a state is kept, which would go on after it. With a cache that
                 has seen tokens the mask of those is ignored: the cache knows.
             past_key_values: state to continue from; it is advanced in place. Feeding a sequence
-                in pieces of any sizes gives the logits of feeding it at once.
+                in pieces of any sizes gives the logits of feeding it at once. Under gradient
+                checkpointing in training the pieces must be whole chunks.
             labels: ``(b, t)``; position i is scored against ``labels[:, i + 1]``, -100 is not
                 scored. If nothing is scored the loss is NaN, as in transformers.
             shift_labels: ``(b, t)``, already shifted: position i is scored against entry i. Takes
                 precedence over ``labels``.
-            use_cache: return a state; by default only if one was passed.
+            use_cache: return a state; by default only if one was passed. Under gradient
+                checkpointing in training it is ignored, with a warning, as in transformers.
             logits_to_keep: only the last so many positions' logits (0: all), or their indices.
             return_logits: if False, only the loss is computed, without ever holding all logits
                 (training: they would take more memory than the model).
-            kwargs: ``num_items_in_batch`` divides the summed loss (gradient accumulation).
+            kwargs: ``num_items_in_batch`` divides the summed loss (gradient accumulation). Others
+                may be ``None`` or False, as some callers pass all they know.
 
         Raises:
             ScanLMError: empty input, a token or label outside the vocabulary (on a GPU, where
                 looking at tokens would make every step wait, only ``generate`` and ``stream``
                 check their prompts), labels of another shape, a sequence beyond ``n_positions``, a
                 mask with holes or (on the CPU) values other than 0 and 1, a cache that does not
-                fit, a negative ``logits_to_keep``.
+                fit, or an empty one with a mask that pads some rows, a negative
+                ``logits_to_keep``, an input that it does not know, such as ``position_ids``.
         """
         cache = past_key_values
+        self._check_no_others(kwargs)
         self._check_input(input_ids, cache)
         check_logits_to_keep(logits_to_keep)
-        if use_cache and cache is None:
-            cache = self.new_cache()
+        if use_cache and cache is None and recomputes(self):
+            warnings.warn(CACHE_IGNORED, stacklevel=2)
+            use_cache = False
         t = input_ids.shape[1]
         targets = next_tokens(input_ids, labels, shift_labels, self.config.vocab_size)
         wanted = logits_to_keep if isinstance(logits_to_keep, int) else 0
         asked = t if targets is not None else min(wanted or t, t)
-        lengths = self._check_mask(input_ids, attention_mask, cache, cache is not None)
+        cached = bool(use_cache) or cache is not None
+        lengths = self._check_mask(input_ids, attention_mask, cache, cached)
         if lengths is not None:
-            hidden, cache = self._ragged(input_ids, lengths)
+            hidden, cache = self._ragged(input_ids, lengths, cached)
         else:
+            cache = self.new_cache() if cached and cache is None else cache
             hidden = self._hidden(input_ids, cache, asked)
         loss, logits = None, None
         if targets is not None:
@@ -436,10 +483,18 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         if return_logits:
             kept = slice(-wanted, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
-        keep = cache if use_cache or past_key_values is not None else None
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=keep)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)  # type: ignore[arg-type]
 
     # Checks
+
+    def _check_no_others(self, inputs: dict[str, Any]) -> None:
+        for name, value in inputs.items():
+            if value is not None and value is not False and name != "num_items_in_batch":
+                known = sorted({*signature(self.forward).parameters} - {"kwargs"})
+                raise ScanLMError(
+                    f"forward() does not know {name!r} and would do nothing with it: leave it out. "
+                    f"Known: {', '.join(known)}."
+                )
 
     def _check_input(self, input_ids: Tensor, cache: AnyCache | None) -> None:
         if input_ids.dim() != 2 or input_ids.numel() == 0:
@@ -475,7 +530,13 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
             cached: whether a state is kept, in ``cache`` or in a new one.
         """
         if cache is None or (isinstance(cache, ScanCache) and cache.length == 0):
-            return self._left_padded_lengths(input_ids, mask, cached)
+            lengths = self._left_padded_lengths(input_ids, mask, cached)
+            if cache is not None and lengths is not None:
+                raise ScanLMError(
+                    "past_key_values is an empty ScanCache, whose rows have one length, and "
+                    "attention_mask pads some: leave past_key_values out"
+                )
+            return lengths
         if cache.get_seq_length():
             check_continuation(mask, input_ids)
         return None

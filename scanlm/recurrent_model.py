@@ -9,6 +9,7 @@ Shapes: ``b`` sequences, ``t`` tokens, ``d`` = hidden_size, ``h`` heads, ``v`` =
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from scanlm.cache import CACHE_IGNORED, recomputes
 from scanlm.errors import ScanLMError
 from scanlm.generation import (
     NO_SKIPPING,
@@ -31,7 +33,9 @@ from scanlm.generation import (
     check_continuation,
     check_logits_to_keep,
     check_mask_shape,
+    check_tokens,
     mask_edges,
+    readable,
 )
 from scanlm.loss import linear_cross_entropy, next_tokens
 from scanlm.short_convolution import ShortConvolution
@@ -120,6 +124,9 @@ class LayerState:
 class RecurrentCache:
     """State of a batch of sequences, advanced in place; its size does not depend on their length.
 
+    Args:
+        model: the ``RecurrentModel`` whose state it is.
+
     Attributes:
         layers: one ``LayerState`` a block.
         length: input columns seen, padding included.
@@ -127,8 +134,9 @@ class RecurrentCache:
 
     is_compileable = False  # asked by transformers' generate()
 
-    def __init__(self, num_layers: int) -> None:
-        self.layers = [LayerState() for _ in range(num_layers)]
+    def __init__(self, model: RecurrentModel) -> None:
+        self.model = model
+        self.layers = [LayerState() for _ in model.layers]
         self.length = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -153,6 +161,38 @@ class RecurrentCache:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep row ``beam_idx[i]`` as row i (beam search)."""
         self.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RecurrentCache:
+        """A state to continue in another way, of the same model."""
+        other = RecurrentCache(self.model)
+        other.layers = [layer.map(torch.clone) for layer in self.layers]
+        other.length = self.length
+        return other
+
+    def check(self, model: RecurrentModel, x: Tensor) -> None:
+        """Refuse a continuation ``x (b, t, d)`` that does not fit.
+
+        Raises:
+            ScanLMError: another model's cache, or another batch size or device.
+        """
+        if self.model is not model:
+            raise ScanLMError(
+                "past_key_values is the cache of another model: start without one, or use the "
+                "model that made it"
+            )
+        held = next((layer.recurrent for layer in self.layers), None)
+        if held is None:
+            return
+        if held.shape[0] != x.shape[0]:
+            raise ScanLMError(
+                f"past_key_values holds {held.shape[0]} sequences, the input has {x.shape[0]}: "
+                "continue with the same batch"
+            )
+        if held.device != x.device:
+            raise ScanLMError(
+                f"past_key_values is on {held.device}, the model on {x.device}: move the cache "
+                "with cache.map(lambda t: t.to(...))"
+            )
 
 
 class GatedRMSNorm(nn.Module):
@@ -324,11 +364,23 @@ class RecurrentModel(RecurrentPreTrainedModel):
         past_key_values: RecurrentCache | None = None,
         use_cache: bool | None = None,
     ) -> BaseModelOutputWithPast:
-        """Hidden states ``(b, t, d)``; see ``LossAndLogits.forward``."""
+        """Hidden states ``(b, t, d)``; see ``LossAndLogits.forward``.
+
+        Raises:
+            ScanLMError: empty input; a token outside the vocabulary (on the CPU); a cache that does
+                not fit, or any under gradient checkpointing in training, where ``use_cache`` alone
+                is ignored with a warning; a mask that hides tokens between others.
+        """
         cache = past_key_values
+        self._check_input(input_ids, cache)
         if cache is None and use_cache:
-            cache = RecurrentCache(len(self.layers))
+            if recomputes(self):
+                warnings.warn(CACHE_IGNORED, stacklevel=2)
+            else:
+                cache = RecurrentCache(self)
         x = self.embeddings(input_ids)
+        if past_key_values is not None:
+            past_key_values.check(self, x)
         mask = self._padding(input_ids, attention_mask, cache)
         states = cache.layers if cache is not None else [None] * len(self.layers)
         for layer, state in zip(self.layers, states, strict=True):
@@ -339,6 +391,25 @@ class RecurrentModel(RecurrentPreTrainedModel):
             last_hidden_state=self.norm(x),
             past_key_values=cache,  # type: ignore[arg-type]
         )
+
+    def _check_input(self, input_ids: Tensor, cache: RecurrentCache | None) -> None:
+        if input_ids.dim() != 2 or input_ids.numel() == 0:
+            raise ScanLMError(
+                f"input_ids must be (batch, tokens) with at least one token, got shape "
+                f"{tuple(input_ids.shape)}; start from a bos token to generate from nothing"
+            )
+        if cache is not None and not isinstance(cache, RecurrentCache):
+            raise ScanLMError(
+                f"past_key_values must be a RecurrentCache of this model, got "
+                f"{type(cache).__name__}"
+            )
+        if cache is not None and recomputes(self):
+            raise ScanLMError(
+                "past_key_values does not go with gradient checkpointing, whose backward pass "
+                "would advance the state again: turn one of them off"
+            )
+        if readable(input_ids):  # generate() checks prompts on a GPU, once
+            check_tokens(input_ids, self.config.vocab_size)
 
     @staticmethod
     def _padding(ids: Tensor, mask: Tensor | None, cache: RecurrentCache | None) -> Tensor | None:
@@ -396,9 +467,9 @@ class LossAndLogits:
             kwargs: ``num_items_in_batch`` divides the summed loss (gradient accumulation).
 
         Raises:
-            ScanLMError: a mask that hides tokens between others; labels of another shape; on the
-                CPU labels outside the vocabulary or a mask with values other than 0 and 1; a
-                negative ``logits_to_keep``.
+            ScanLMError: empty input; a mask that hides tokens between others; labels of another
+                shape; on the CPU tokens or labels outside the vocabulary or a mask with values
+                other than 0 and 1; a cache that does not fit; a negative ``logits_to_keep``.
         """
         check_logits_to_keep(logits_to_keep)
         targets = next_tokens(input_ids, labels, shift_labels, self.config.vocab_size)

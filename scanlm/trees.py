@@ -33,16 +33,21 @@ def formula(trace: Iterable[Combine], span: Span) -> str:
         ScanLMError: the trace makes no such node.
     """
     made = {node.out: node for node in trace}
-
-    def spell(inner: Span) -> str:
-        if inner[1] - inner[0] == 1:
-            return f"x{inner[0]}"
-        if inner not in made:
+    parts: list[str] = []
+    waiting: list[Span | str] = [span]  # a stack of its own: trees may be deeper than Python's
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, str):
+            parts.append(inner)
+        elif inner[1] - inner[0] == 1:
+            parts.append(f"x{inner[0]}")
+        elif inner in made:
+            parts.append("(")
+            waiting += [")", made[inner].right, made[inner].left]
+        else:
             spans = ", ".join(map(str, sorted(made))) or "none"
             raise ScanLMError(f"the trace makes no node {inner}; it makes {spans}")
-        return f"({spell(made[inner].left)}{spell(made[inner].right)})"
-
-    return spell(span)
+    return "".join(parts)
 
 
 def levels(trace: Iterable[Combine]) -> dict[Span, int]:
@@ -61,7 +66,7 @@ def path_lengths(trace: Iterable[Combine], num_chunks: int) -> tuple[np.ndarray,
     """How far each chunk lies from the prefix that another chunk reads.
 
     Args:
-        trace: of any scan over ``num_chunks`` chunks.
+        trace: of any scan over ``num_chunks`` chunks, operands before results.
         num_chunks: n.
 
     Returns:
@@ -69,19 +74,19 @@ def path_lengths(trace: Iterable[Combine], num_chunks: int) -> tuple[np.ndarray,
         of the first is the number of combines between chunk j and prefix(i), that of the second
         in how many of those chunk j is on the left.
     """
-    made = {node.out: node for node in trace}
-    combines, lefts = (np.full((num_chunks, num_chunks), np.nan) for _ in range(2))
+    paths: dict[Span, np.ndarray] = {}  # of a node's chunks: combines and lefts, (2, size)
 
-    def walk(row: int, span: Span, above: int, left: int) -> None:
-        if span[1] - span[0] == 1:
-            combines[row, span[0]], lefts[row, span[0]] = above, left
-        else:
-            walk(row, made[span].left, above + 1, left + 1)
-            walk(row, made[span].right, above + 1, left)
+    def below(span: Span) -> np.ndarray:
+        return paths[span] if span[1] - span[0] > 1 else np.zeros((2, 1))
 
+    to_left, to_right = np.array([[1], [1]]), np.array([[1], [0]])
+    for node in trace:
+        left, right = below(node.left) + to_left, below(node.right) + to_right
+        paths[node.out] = np.concatenate([left, right], axis=1)
+    lengths = np.full((2, num_chunks, num_chunks), np.nan)
     for i in range(1, num_chunks):
-        walk(i, (0, i), 0, 0)
-    return combines, lefts
+        lengths[:, i, :i] = below((0, i))
+    return lengths[0], lengths[1]
 
 
 def left_fold(combine: Callable[[T, T], T], xs: Sequence[T]) -> T:

@@ -10,9 +10,10 @@ from scanlm.model import ScanLMConfig, ScanLMForCausalLM
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_parts_add_up_to_the_model(tied):
-    config = ScanLMConfig.preset("tiny", vocab_size=50, chunk_size=8, tie_word_embeddings=tied)
-    model = ScanLMForCausalLM(config)
+@pytest.mark.parametrize("marked", [False, True])
+def test_parts_add_up_to_the_model(tied, marked):
+    fields = {"vocab_size": 50, "chunk_size": 8, "tie_word_embeddings": tied}
+    model = ScanLMForCausalLM(ScanLMConfig.preset("tiny", **fields, prefix_embedding=marked))
     table = parameter_table(model, seq_len=32).set_index("part")
     assert table.parameters.sum() == model.num_parameters()
     assert table.share.sum() == pytest.approx(1)

@@ -1,6 +1,7 @@
 """Sizes by name, and clear refusals of values that make no model."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,6 +93,43 @@ def test_an_unknown_preset_offers_the_nearest() -> None:
 def test_a_preset_that_is_no_name_is_refused(size: Any) -> None:
     with pytest.raises(ScanLMError, match="unknown preset"):
         ScanLMConfig.preset(size)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"), [("chunk_siz", "chunk_size"), ("n_layer", "t2_layers")]
+)
+def test_unknown_fields_are_refused(wrong: str, meant: str) -> None:
+    with pytest.raises(ScanLMError, match=f"unknown field '{wrong}' .* Did you mean '{meant}'"):
+        ScanLMConfig(**{wrong: 4})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"dtype": "float32"},
+        {"torch_dtype": "float32"},
+        {"attn_implementation": "eager"},
+        {"_attn_implementation": "eager"},
+        {"architectures": ["ScanLMForCausalLM"]},
+        {"auto_map": {"AutoConfig": "config.ScanLMConfig"}},
+        {"name_or_path": "folder"},
+        {"num_labels": 3},
+        {"output_attentions": False},
+        {"quantization_config": {}},
+    ],
+    ids=str,
+)
+def test_fields_of_transformers_are_none_of_ours_and_pass(given: dict[str, Any]) -> None:
+    assert ScanLMConfig(chunk_size=5, **given).chunk_size == 5
+
+
+def test_a_saved_configuration_keeps_what_others_put_there(tmp_path: Path) -> None:
+    config = ScanLMConfig(chunk_size=5)
+    config.of_another_tool = "kept"
+    config.save_pretrained(tmp_path)
+    for again in (AutoConfig.from_pretrained(tmp_path), ScanLMConfig(**config.to_dict())):
+        assert isinstance(again, ScanLMConfig)
+        assert (again.chunk_size, again.of_another_tool) == (5, "kept")
 
 
 def test_a_preset_refuses_fields_that_are_none() -> None:

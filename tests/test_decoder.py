@@ -271,6 +271,21 @@ def test_streams_need_no_gradient_and_leave_the_mode_alone(
         assert not token.requires_grad
 
 
+def test_streams_alternate_between_inference_mode_and_others(
+    make_model: Make, make_ids: Make
+) -> None:
+    model, ids = make_model(), make_ids(2, 5)
+    expected = list(model.stream(ids, max_new_tokens=9))
+    del model._idle_decoder  # the next one is made in inference mode
+    for modes in (True, False), (True, True), (False, True), (False, False):
+        with torch.inference_mode(modes[0]):
+            tokens = model.stream(ids, max_new_tokens=9)
+            begun = [next(tokens) for _ in range(5)]
+        with torch.inference_mode(modes[1]):
+            assert torch.equal(torch.stack([*begun, *tokens]), torch.stack(expected))
+    assert not any(t.is_inference() for t in vars(model._idle_decoder.decoder.buffers).values())
+
+
 def test_chunk_positions_never_end(make_model: Make, make_ids: Make) -> None:
     model = make_model(position_embedding="chunk", n_positions=4)
     stream = model.stream(make_ids(1, 3))

@@ -164,6 +164,17 @@ def test_new_weights_are_used_by_the_captured_step() -> None:
     assert torch.equal(torch.cat(list(model.stream(ids, max_new_tokens=30))), expected)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("kernels", [True, False])
+def test_graphs_are_of_the_models_device(kernels: bool) -> None:
+    model, ids = build(), random_ids(2, 40)
+    expected = decode(model, ids, prompt=20, fused=kernels)
+    assert torch.cuda.current_device() == 0
+    actual = decode(model.to("cuda:1"), ids.to("cuda:1"), prompt=20, fused=kernels)
+    torch.testing.assert_close(actual.to("cuda:0"), expected)
+    assert torch.cuda.current_device() == 0
+
+
 def test_draws_differ_from_step_to_step_and_repeat_with_the_seed() -> None:
     model, ids = build(), random_ids(1, 10)
     make: Callable[[], list[int]] = lambda: [  # noqa: E731

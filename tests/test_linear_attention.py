@@ -1,6 +1,7 @@
 """GLA and Gated DeltaNet in plain torch: the recurrences, the models, their caches and weights; and
 Mamba-2's recurrence."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,26 @@ def test_gradient_checkpointing_changes_nothing(variant: str, ids: Tensor) -> No
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+@pytest.mark.parametrize("variant", ["gla", "gdn"])
+def test_gradient_checkpointing_keeps_no_state(variant: str, ids: Tensor) -> None:
+    model = build(variant)
+    cache = model(ids, use_cache=True).past_key_values
+    model.train().gradient_checkpointing_enable()
+    model(ids, labels=ids).loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with pytest.warns(UserWarning, match="use_cache=True does not go with gradient checkpointing"):
+        out = model(ids, labels=ids, use_cache=True)
+    assert out.past_key_values is None
+    out.loss.backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected)
+    with pytest.raises(ScanLMError, match="turn one of them off"):
+        model(ids, past_key_values=cache)
+    with torch.no_grad():  # nothing is computed again
+        assert model(ids, past_key_values=cache).past_key_values is cache
+
+
 def test_shared_heads_are_repeated_heads(ids: Tensor) -> None:
     shared = build("gla", num_heads=4, num_kv_heads=2)
     full = build("gla", num_heads=4)
@@ -408,6 +429,50 @@ def test_masks_that_hide_tokens_between_others(ids: Tensor) -> None:
         build("gla")(ids, attention_mask=mask)
     with pytest.raises(ScanLMError, match=r"must be \(batch, tokens\)"):
         build("gla")(ids, attention_mask=mask[:, :9])
+
+
+@pytest.mark.parametrize("variant", ["gla", "gdn"])
+def test_a_copied_state_goes_on_by_itself(variant: str, ids: Tensor) -> None:
+    model = build(variant)
+    cache = model(ids[:, :40], use_cache=True).past_key_values
+    with torch.no_grad():
+        for state in (copy.deepcopy(cache), cache):
+            logits = model(ids[:, 40:], past_key_values=state).logits
+            torch.testing.assert_close(logits, model(ids).logits[:, 40:])
+            assert state.get_seq_length() == 75
+
+
+@pytest.mark.parametrize("variant", ["gla", "gdn"])
+def test_a_cache_that_does_not_fit_is_refused(variant: str, ids: Tensor) -> None:
+    model = build(variant)
+    cache = model(ids[:1], use_cache=True).past_key_values
+    before, state = cache.length, cache.layers[0].recurrent
+    for rows in (2, 3):
+        with pytest.raises(ScanLMError, match=f"holds 1 sequences, the input has {rows}"):
+            model(ids[:1].expand(rows, -1), past_key_values=cache)
+    with pytest.raises(ScanLMError, match="cache of another model"):
+        build(variant)(ids[:1], past_key_values=cache)
+    with pytest.raises(ScanLMError, match="must be a RecurrentCache of this model, got list"):
+        model(ids[:1], past_key_values=[])
+    assert cache.length == before
+    assert cache.layers[0].recurrent is state
+    cache.map(lambda x: x.to("meta"))
+    with pytest.raises(ScanLMError, match=r"on meta, the model on cpu: .* cache\.map"):
+        model(ids[:1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("variant", ["gla", "gdn"])
+def test_tokens_that_are_none_are_refused(variant: str, ids: Tensor) -> None:
+    model = build(variant)
+    for empty in (ids[:, :0], ids[:0], ids[0]):
+        with pytest.raises(ScanLMError, match="at least one token, got shape"):
+            model(empty)
+    vocab = model.config.vocab_size
+    for token in (-1, vocab):
+        wrong = ids.clone()
+        wrong[1, 3] = token
+        with pytest.raises(ScanLMError, match=rf"token id {token} .* of {vocab} .*\[1, 3\]"):
+            model(wrong)
 
 
 def test_what_forward_refuses(ids: Tensor) -> None:

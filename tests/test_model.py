@@ -503,6 +503,48 @@ def test_gradient_checkpointing_changes_no_gradient(make_model: Make, make_ids: 
     torch.testing.assert_close(results, expected, **EXACT)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradient_checkpointing_goes_on_without_a_state(
+    make_model: Make, make_ids: Make, padded: bool
+) -> None:
+    ids = make_ids(2, 14)
+    mask = torch.ones_like(ids)
+    mask[0, : 3 * padded] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    plain = make_model(t1_layers=2).train()
+    expected = loss_and_gradients(plain, plain(ids, attention_mask=mask, labels=labels).loss)
+    model = make_model(t1_layers=2).train()
+    model.gradient_checkpointing_enable()
+    out = model(ids, attention_mask=mask, labels=labels)
+    torch.testing.assert_close(loss_and_gradients(model, out.loss), expected, **EXACT)
+    model.zero_grad()
+    with pytest.warns(UserWarning, match="use_cache=True does not go with gradient checkpointing"):
+        out = model(ids, attention_mask=mask, labels=labels, use_cache=True)
+    assert out.past_key_values is None
+    torch.testing.assert_close(loss_and_gradients(model, out.loss), expected, **EXACT)
+    with torch.no_grad():  # nothing is computed again
+        assert model(ids, attention_mask=mask, use_cache=True).past_key_values is not None
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+def test_gradient_checkpointing_carries_a_state_over_whole_chunks_only(
+    make_model: Make, make_ids: Make
+) -> None:
+    ids, results = make_ids(2, 16), []
+    for checkpointing in (False, True):
+        model = make_model(t1_layers=2).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        cache = model.new_cache()
+        losses = [model(x, labels=x, past_key_values=cache).loss for x in ids.split(8, dim=1)]
+        results.append(loss_and_gradients(model, sum(losses)))
+    torch.testing.assert_close(results[0], results[1], **EXACT)
+    with pytest.raises(ScanLMError, match=r"0 tokens of a chunk and the input is 6 .* chunks of 4"):
+        model(ids[:, :6], past_key_values=cache)
+    assert cache.length == 16
+
+
 def test_compiles_as_one_graph(make_model: Make, make_ids: Make) -> None:
     model, ids = make_model(), make_ids(2, 14)
     compiled = torch.compile(
@@ -659,6 +701,68 @@ def test_labels_that_do_not_fit_are_refused(make_model: Make, make_ids: Make) ->
 def test_a_negative_number_of_logits_is_refused(make_model: Make, make_ids: Make) -> None:
     with pytest.raises(ScanLMError, match=r"logits_to_keep=-2: expected how many of the last"):
         make_model()(make_ids(1, 5), logits_to_keep=-2)
+
+
+@pytest.mark.parametrize("given", [{"position_ids": torch.arange(5)}, {"bogus": 1}], ids=str)
+def test_unknown_inputs_are_refused(make_model: Make, make_ids: Make, given: Any) -> None:
+    (name,) = given
+    with pytest.raises(ScanLMError, match=f"does not know '{name}' .* Known: attention_mask, "):
+        make_model()(make_ids(1, 5), **given)
+
+
+def test_hidden_states_are_not_promised(make_model: Make, make_ids: Make) -> None:
+    model, ids = make_model(), make_ids(1, 5)
+    with pytest.raises(ScanLMError, match="does not know 'output_hidden_states'"):
+        model(ids, output_hidden_states=True)
+    # as wrappers pass all that they know
+    asked = {"output_hidden_states": False, "output_attentions": None, "inputs_embeds": None}
+    assert torch.equal(model(ids, **asked).logits, model(ids).logits)
+    assert torch.equal(model(ids, return_dict=False)[0], model(ids).logits)
+
+
+def test_padded_rows_do_not_fit_an_empty_cache_of_one_length(
+    make_model: Make, make_ids: Make
+) -> None:
+    model, ids = make_model(), make_ids(2, 5)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    cache = model.new_cache()
+    with pytest.raises(ScanLMError, match="leave past_key_values out"):
+        model(ids, attention_mask=mask, past_key_values=cache)
+    model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
+    assert cache.get_seq_length() == 5
+
+
+GPT2_SHAPE = {"vocab_size": 29, "n_positions": 32, "n_embd": 16, "n_head": 2, "n_layer": 2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vocab_size": 40}, "vocab_size=40 .* vocab_size=29"),
+        ({"n_embd": 32}, "n_embd=32 .* n_embd=16"),
+        ({"hidden_size": 32}, "n_embd=32 .* n_embd=16"),
+        ({"n_head": 4}, "n_head=4 .* n_head=2"),
+        ({"n_inner": 8}, "n_inner=8 .* n_inner=64"),
+        ({"t2_layers": 1}, "t2_layers=1 .* t2_layers=2"),
+        ({"n_positions": 64}, "n_positions=64 .* 32"),
+        ({"position_embedding": "chunk", "chunk_size": 33}, "chunk_size=33 .* 32"),
+    ],
+    ids=str,
+)
+def test_from_gpt2_refuses_sizes_that_the_gpt2_does_not_have(
+    fields: dict[str, Any], message: str
+) -> None:
+    gpt2 = GPT2LMHeadModel(GPT2Config(**GPT2_SHAPE))
+    with pytest.raises(ScanLMError, match=message):
+        ScanLMForCausalLM.from_gpt2(gpt2, **{"chunk_size": 4, **fields})
+
+
+def test_from_gpt2_takes_the_gpt2s_own_sizes_and_fewer_positions() -> None:
+    gpt2 = GPT2LMHeadModel(GPT2Config(**GPT2_SHAPE))
+    own = {"vocab_size": 29, "n_embd": 16, "n_inner": 64, "t2_layers": 2}
+    model = ScanLMForCausalLM.from_gpt2(gpt2, chunk_size=4, n_positions=20, **own)
+    assert torch.equal(model.wpe.weight, gpt2.transformer.wpe.weight[:20])
 
 
 def test_from_gpt2_refuses_fields_that_are_none() -> None:

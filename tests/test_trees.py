@@ -1,5 +1,7 @@
 """Traces: formulas, levels, paths, costs; other trees over the same leaves."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,21 @@ def test_path_lengths_of_prefix_six() -> None:
     assert lefts[6, :6].tolist() == [3, 2, 2, 1, 1, 0]
     assert np.isnan(combines[np.triu_indices(8)]).all()
     assert np.isnan(lefts[np.triu_indices(8)]).all()
+
+
+@pytest.mark.parametrize("fold", [trees.left_fold, trees.right_fold])
+def test_a_tree_may_be_deeper_than_pythons_stack(fold) -> None:  # type: ignore[no-untyped-def]
+    n = sys.getrecursionlimit() + 500
+    trace = trees.fold_trace(fold, n)
+    assert trees.formula(trace, (0, n)) == fold(spell, [f"x{i}" for i in range(n)])
+
+
+def test_path_lengths_of_a_recurrence_count_the_chunks_since() -> None:
+    n = sys.getrecursionlimit() + 500
+    combines, lefts = trees.path_lengths(trees.fold_trace(trees.left_fold, n - 1), n)
+    i, j = np.tril_indices(n, -1)
+    assert np.array_equal(combines[i, j], i - np.maximum(j, 1))
+    assert np.array_equal(lefts[i, j], i - 1 - j)
 
 
 @pytest.mark.parametrize(

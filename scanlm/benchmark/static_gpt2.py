@@ -56,7 +56,7 @@ class StaticGPT2:
             options: Any = {"coordinate_descent_tuning": True} if tuned else None
             self.step = torch.compile(self._step, dynamic=False, fullgraph=True, options=options)
         if weight.is_cuda if graphs is None else graphs:
-            self.step = captured(self.step, torch.cuda.graph_pool_handle())
+            self.step = captured(self.step, torch.cuda.graph_pool_handle(), weight.device)
 
     @property
     def num_bytes(self) -> int:

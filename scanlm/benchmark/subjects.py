@@ -385,7 +385,8 @@ class Recurrent(Subject):
         self.step = step
         if self.setting.device.type == "cuda":
             try:
-                self.step = captured(step, torch.cuda.graph_pool_handle())
+                pool = torch.cuda.graph_pool_handle()
+                self.step = captured(step, pool, self.token.device)
             except RuntimeError as error:
                 self.note = f"not captured as a CUDA graph: {str(error).splitlines()[0][:120]}"
 

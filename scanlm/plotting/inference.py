@@ -261,7 +261,7 @@ def memory(
             marked = [*most.index.isin(rows["position"])]
             ax.plot(most.index, most, color=T1_COLOR, lw=1, ls=":", drawstyle="steps-post",
                     marker="o", ms=4, mfc="none", markevery=marked,
-                    label="scanlm, the most up to there")  # fmt: skip
+                    label="scan model, the most up to there")  # fmt: skip
         _logarithmic(ax, rows["position"])
         ax.yaxis.set_major_formatter(EngFormatter(unit="B"))
         ax.yaxis.set_minor_formatter(NullFormatter())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from matplotlib.ticker import EngFormatter
+
 from scanlm.errors import ScanLMError
 from scanlm.plotting.style import (
     FAINT,
@@ -112,9 +114,15 @@ def by_length(
     if len(larger):
         label += f" (hollow: {', '.join(f'{int(n):,}' for n in sorted(set(step[larger.index])))})"
         axes.set_ylim(0, 1.08 * rows.loc[several & (rows["name"] == name), "value"].max())
+    ticks: list[float] = []
+    for length in sorted(set(rows.loc[several, "length"])):
+        if not ticks or length >= 4 * ticks[-1]:  # closer, their numbers would touch
+            ticks.append(length)
+    axes.set_xticks(ticks, [f"{n:,.0f}" for n in ticks])
     axes.set_xlabel(label)
     if memory:
-        axes.set_ylabel("peak memory (bytes)")
+        axes.yaxis.set_major_formatter(EngFormatter(unit="B"))
+        axes.set_ylabel("peak memory")
     return figure
 
 

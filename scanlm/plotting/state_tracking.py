@@ -167,21 +167,21 @@ def circuit_depth(length: int = 65536, layers: int = 12, composed: int = 2) -> F
         layers: of a network of fixed depth.
         composed: elements that one round joins.
     """
-    n = np.unique(np.geomspace(1, length, 200).astype(int))
+    n = np.unique(np.geomspace(2, length, 200).astype(int))
     tree = np.ceil(np.log(n) / np.log(composed))
     with style():
         figure = new_figure(7.4, 3.7)
         ax = figure.subplots()
-        ax.plot(n, np.maximum(n - 1, 0), color=FAMILIES["gla"].color, label="one after another")
+        ax.plot(n, n - 1, color=FAMILIES["gla"].color, label="one after another")
         ax.plot(n, tree, color=SCAN, label="a tree of pairs", drawstyle="steps-pre")
         ax.axhline(layers, color=FAMILIES["gpt2"].color, ls="--", label=f"{layers} layers")
         ax.set_xscale("log", base=2)
-        ax.set_yscale("symlog", linthresh=16, base=2)
-        ax.set_xlim(1, length)
-        ax.set_ylim(0, length)
-        plain = FuncFormatter(lambda v, _: f"{v:g}")
+        ax.set_yscale("log", base=2)
+        ax.set_xlim(2, length)
+        ax.set_ylim(1, length)
+        plain = FuncFormatter(lambda v, _: f"{v:,.0f}")
         ax.xaxis.set_major_formatter(plain)
-        ax.set_yticks([0, 8, 16, *(4**k for k in range(3, 9) if 4**k <= length)])
+        ax.set_yticks([4**k for k in range(9) if 4**k <= length])
         ax.yaxis.set_major_formatter(plain)
         ax.yaxis.set_minor_locator(NullLocator())
         ax.set(

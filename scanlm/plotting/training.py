@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, ScalarFormatter
+from matplotlib.ticker import EngFormatter, NullLocator
 
 from scanlm.errors import ScanLMError, nearest
 from scanlm.plotting.style import (
@@ -439,8 +439,9 @@ def throughput(
                     look = replace(look, linestyle="")
                 _draw(ax, part.assign(step=np.nan), x, look, label, faint=False)
             ax.set_xscale("log", base=2)
-            ax.xaxis.set_major_locator(LogLocator(base=2, numticks=7))
-            ax.xaxis.set_major_formatter(ScalarFormatter())
+            places = sorted(values[x].unique())
+            ax.set_xticks(places, [f"{place:,.0f}" for place in places])
+            ax.xaxis.set_minor_locator(NullLocator())
             ax.set(xlabel=x.replace("_", " "), ylabel=NAME_LABELS.get(name, name))
             ax.set_ylim(0, 1.08 * values["value"].max())
             ax.yaxis.set_major_formatter(EngFormatter(sep=""))

@@ -136,14 +136,12 @@ def noisy(states: Tensor, largest: float) -> Tensor:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """What torch's generator is seeded with before a step.
+    """What torch's generator is seeded with before a step, of seeds and steps below 2**32.
 
-    Torch takes 64 bits: a step is in the lowest 32, a seed in the others, its own lowest 24 first.
-    On a CPU the generator starts from the lowest 32 alone, so that there all seeds of a run have
-    the masks of dropout that belong to the step; weights and words are the seed's own.
+    It takes 64 bits, but on a CPU uses the lowest 32 alone, so these are the step's with some
+    changed by the seed: other seeds have other masks of dropout in a step.
     """
-    high, low = divmod(seed, 2**24)
-    return low * 2**40 + high * 2**32 + step
+    return seed << 32 | (step ^ seed * 0x9E3779B1 % 2**32)  # odd: a bijection of seeds
 
 
 class Learner:

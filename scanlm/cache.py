@@ -24,19 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from scanlm.errors import ScanLMError
+from scanlm.generation import OTHER_MODEL, check_held
 from scanlm.scan import OnlineScan
 
 Aggregate = Callable[[Tensor, Tensor], Tensor]
 FILE_FORMAT, RAGGED_FORMAT = "scanlm-cache-1", "scanlm-ragged-cache-1"
-CACHE_IGNORED = "use_cache=True does not go with gradient checkpointing: going on without a state"
-
-
-def recomputes(model: nn.Module) -> bool:
-    """Whether a backward pass will run the model's blocks again, and advance a state again."""
-    if not (model.training and torch.is_grad_enabled()):
-        return False
-    # transformers' property of the model has other names in other versions
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 @dataclass
@@ -151,26 +143,14 @@ class ScanCache:
             ScanLMError: another model's cache, or another batch size, dtype or device.
         """
         if self.counter.combine != aggregate:
-            raise ScanLMError(
-                "past_key_values is the cache of another model: start without one, or use the "
-                "model that made it"
-            )
+            raise ScanLMError(OTHER_MODEL)
         states = [*self.counter.states[:1], *([] if self.chunk is None else [self.chunk])]
         for held in states[:1]:  # under autocast keys and values have a dtype of their own
-            if held.shape[0] != x.shape[0]:
-                raise ScanLMError(
-                    f"past_key_values holds {held.shape[0]} sequences, the input has {x.shape[0]}: "
-                    "continue with the same batch"
-                )
+            check_held(held, x)
             if held.dtype != x.dtype:
                 raise ScanLMError(
                     f"past_key_values is {held.dtype}, the model computes in {x.dtype}: convert "
                     "the cache with cache.map(lambda t: t.to(...)), or start without one"
-                )
-            if held.device != x.device:
-                raise ScanLMError(
-                    f"past_key_values is on {held.device}, the model on {x.device}: move the "
-                    "cache with cache.map(lambda t: t.to(...))"
                 )
 
     def save(self, path: str | Path) -> Path:

@@ -1,18 +1,24 @@
-"""What models whose past is one state tell transformers' ``generate()``, and a prompt's check."""
+"""What models whose past is one state tell transformers' ``generate()``, and the checks that they
+share."""
 
 from __future__ import annotations
 
+import warnings
 from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.generation.utils import GenerationMixin
 
 from scanlm.errors import ScanLMError
 
 NO_SKIPPING = (
     "attention_mask must have its zeros at the left of a row: a recurrent state cannot skip tokens"
+)
+OTHER_MODEL = (
+    "past_key_values is the cache of another model: start without one, or use the "
+    "model that made it"
 )
 
 
@@ -41,6 +47,60 @@ def check_tokens(input_ids: Tensor, vocab_size: int) -> None:
         f"token id {int(input_ids[tuple(where)])} is not in the vocabulary of {vocab_size} (0 to "
         f"{vocab_size - 1}), at input_ids{where}: use the tokenizer that the model was trained with"
     )
+
+
+def check_input_shape(input_ids: Tensor) -> None:
+    """Refuse what is no batch of sequences of tokens.
+
+    Raises:
+        ScanLMError: another shape than ``(b, t)``, or no token.
+    """
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ScanLMError(
+            f"input_ids must be (batch, tokens) with at least one token, got shape "
+            f"{tuple(input_ids.shape)}; start from a bos token to generate from nothing"
+        )
+
+
+def check_held(held: Tensor, x: Tensor) -> None:
+    """Refuse a state that does not fit the batch that goes on with it.
+
+    Args:
+        held: any tensor of the state, ``(b, ...)``.
+        x: embedded input, ``(b, t, d)``.
+
+    Raises:
+        ScanLMError: another batch size or device.
+    """
+    if held.shape[0] != x.shape[0]:
+        raise ScanLMError(
+            f"past_key_values holds {held.shape[0]} sequences, the input has {x.shape[0]}: "
+            "continue with the same batch"
+        )
+    if held.device != x.device:
+        raise ScanLMError(
+            f"past_key_values is on {held.device}, the model on {x.device}: move the cache "
+            "with cache.map(lambda t: t.to(...))"
+        )
+
+
+def recomputes(model: nn.Module) -> bool:
+    """Whether a backward pass will run the model's blocks again, and advance a state again."""
+    if not (model.training and torch.is_grad_enabled()):
+        return False
+    # transformers' property of the model has other names in other versions
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def begins_state(model: nn.Module, use_cache: bool | None) -> bool:
+    """Whether a forward pass without a state makes one: if asked, but where it ``recomputes``."""
+    if use_cache and recomputes(model):
+        warnings.warn(
+            "use_cache=True does not go with gradient checkpointing: going on without a state",
+            stacklevel=3,
+        )
+        return False
+    return bool(use_cache)
 
 
 def check_mask(mask: Tensor) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from scanlm.errors import ScanLMError
+from scanlm.scoring import in_mode
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,11 +47,9 @@ def influence(
         return embedded[-1]
 
     embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    training, hook = model.training, embedding.register_forward_hook(keep)
-    model.eval()
     rows = []
     direction: Tensor | None = None
-    try:
+    with in_mode(model), embedding.register_forward_hook(keep):  # removed in the end
         # row k of a batch asks for position start + k: one backward pass for many positions
         for positions in torch.arange(ids.shape[1], device=ids.device).split(batch_size):
             embedded.clear()
@@ -62,9 +61,6 @@ def influence(
                 asked = logits[torch.arange(len(positions), device=ids.device), positions]
                 (gradient,) = torch.autograd.grad((asked @ direction).sum(), embedded[0])
             rows.append(gradient.double().norm(dim=-1).cpu())
-    finally:
-        hook.remove()
-        model.train(training)
     return torch.cat(rows).numpy()
 
 

@@ -18,7 +18,6 @@ Shapes: ``b`` sequences, ``t`` tokens, ``c`` = chunk_size, ``d`` = n_embd, ``v``
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from inspect import signature
 from typing import Any
@@ -30,18 +29,21 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from scanlm.cache import CACHE_IGNORED, RaggedScanCache, ScanCache, recomputes
+from scanlm.cache import RaggedScanCache, ScanCache
 from scanlm.config import ScanLMConfig
 from scanlm.errors import ScanLMError
 from scanlm.generation import (
     NO_SKIPPING,
     StateGenerationMixin,
+    begins_state,
     check_continuation,
+    check_input_shape,
     check_logits_to_keep,
     check_mask_shape,
     check_tokens,
     mask_edges,
     readable,
+    recomputes,
 )
 from scanlm.gpt2 import PrefixEmbedding, Stack, init_weights
 from scanlm.loss import linear_cross_entropy, next_tokens
@@ -458,14 +460,11 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
         self._check_no_others(kwargs)
         self._check_input(input_ids, cache)
         check_logits_to_keep(logits_to_keep)
-        if use_cache and cache is None and recomputes(self):
-            warnings.warn(CACHE_IGNORED, stacklevel=2)
-            use_cache = False
         t = input_ids.shape[1]
         targets = next_tokens(input_ids, labels, shift_labels, self.config.vocab_size)
         wanted = logits_to_keep if isinstance(logits_to_keep, int) else 0
         asked = t if targets is not None else min(wanted or t, t)
-        cached = bool(use_cache) or cache is not None
+        cached = cache is not None or begins_state(self, use_cache)
         lengths = self._check_mask(input_ids, attention_mask, cache, cached)
         if lengths is not None:
             hidden, cache = self._ragged(input_ids, lengths, cached)
@@ -497,11 +496,7 @@ class ScanLMForCausalLM(PreTrainedModel, StateGenerationMixin):
                 )
 
     def _check_input(self, input_ids: Tensor, cache: AnyCache | None) -> None:
-        if input_ids.dim() != 2 or input_ids.numel() == 0:
-            raise ScanLMError(
-                f"input_ids must be (batch, tokens) with at least one token, got shape "
-                f"{tuple(input_ids.shape)}; start from a bos token to generate from nothing"
-            )
+        check_input_shape(input_ids)
         if cache is not None and not isinstance(cache, AnyCache):
             raise ScanLMError(
                 f"past_key_values must be a ScanCache of this model, got {type(cache).__name__}"

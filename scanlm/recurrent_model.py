@@ -9,7 +9,6 @@ Shapes: ``b`` sequences, ``t`` tokens, ``d`` = hidden_size, ``h`` heads, ``v`` =
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -25,17 +24,21 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from scanlm.cache import CACHE_IGNORED, recomputes
 from scanlm.errors import ScanLMError
 from scanlm.generation import (
     NO_SKIPPING,
+    OTHER_MODEL,
     StateGenerationMixin,
+    begins_state,
     check_continuation,
+    check_held,
+    check_input_shape,
     check_logits_to_keep,
     check_mask_shape,
     check_tokens,
     mask_edges,
     readable,
+    recomputes,
 )
 from scanlm.loss import linear_cross_entropy, next_tokens
 from scanlm.short_convolution import ShortConvolution
@@ -176,23 +179,10 @@ class RecurrentCache:
             ScanLMError: another model's cache, or another batch size or device.
         """
         if self.model is not model:
-            raise ScanLMError(
-                "past_key_values is the cache of another model: start without one, or use the "
-                "model that made it"
-            )
+            raise ScanLMError(OTHER_MODEL)
         held = next((layer.recurrent for layer in self.layers), None)
-        if held is None:
-            return
-        if held.shape[0] != x.shape[0]:
-            raise ScanLMError(
-                f"past_key_values holds {held.shape[0]} sequences, the input has {x.shape[0]}: "
-                "continue with the same batch"
-            )
-        if held.device != x.device:
-            raise ScanLMError(
-                f"past_key_values is on {held.device}, the model on {x.device}: move the cache "
-                "with cache.map(lambda t: t.to(...))"
-            )
+        if held is not None:
+            check_held(held, x)
 
 
 class GatedRMSNorm(nn.Module):
@@ -373,11 +363,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
         """
         cache = past_key_values
         self._check_input(input_ids, cache)
-        if cache is None and use_cache:
-            if recomputes(self):
-                warnings.warn(CACHE_IGNORED, stacklevel=2)
-            else:
-                cache = RecurrentCache(self)
+        if cache is None and begins_state(self, use_cache):
+            cache = RecurrentCache(self)
         x = self.embeddings(input_ids)
         if past_key_values is not None:
             past_key_values.check(self, x)
@@ -393,11 +380,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         )
 
     def _check_input(self, input_ids: Tensor, cache: RecurrentCache | None) -> None:
-        if input_ids.dim() != 2 or input_ids.numel() == 0:
-            raise ScanLMError(
-                f"input_ids must be (batch, tokens) with at least one token, got shape "
-                f"{tuple(input_ids.shape)}; start from a bos token to generate from nothing"
-            )
+        check_input_shape(input_ids)
         if cache is not None and not isinstance(cache, RecurrentCache):
             raise ScanLMError(
                 f"past_key_values must be a RecurrentCache of this model, got "

@@ -17,7 +17,7 @@ from scanlm.plotting.style import (
     new_figure,
     style,
 )
-from scanlm.plotting.training import throughput
+from scanlm.plotting.training import name_places, throughput
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,11 +114,7 @@ def by_length(
     if len(larger):
         label += f" (hollow: {', '.join(f'{int(n):,}' for n in sorted(set(step[larger.index])))})"
         axes.set_ylim(0, 1.08 * rows.loc[several & (rows["name"] == name), "value"].max())
-    ticks: list[float] = []
-    for length in sorted(set(rows.loc[several, "length"])):
-        if not ticks or length >= 4 * ticks[-1]:  # closer, their numbers would touch
-            ticks.append(length)
-    axes.set_xticks(ticks, [f"{n:,.0f}" for n in ticks])
+        name_places(axes, rows.loc[several, "length"])
     axes.set_xlabel(label)
     if memory:
         axes.yaxis.set_major_formatter(EngFormatter(unit="B"))

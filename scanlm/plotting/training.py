@@ -8,7 +8,7 @@ series that differ in the seed only become a mean line in a band from the least 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING
@@ -405,6 +405,17 @@ def chunk_size_comparison(
     return figure
 
 
+def name_places(ax: Axes, places: Iterable[float]) -> None:
+    """Ticks of a logarithmic axis at the places that are drawn, where their numbers have room."""
+    ordered = sorted(set(places))
+    ticks = ordered[:1]
+    for place in ordered[1:]:
+        if place / ticks[-1] > (ordered[-1] / ordered[0]) ** 0.2:  # a fifth of the axis
+            ticks.append(place)
+    ax.set_xticks(ticks, [f"{place:,.0f}" for place in ticks])
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
 def throughput(
     metrics: pd.DataFrame,
     x: str | None = None,
@@ -439,9 +450,7 @@ def throughput(
                     look = replace(look, linestyle="")
                 _draw(ax, part.assign(step=np.nan), x, look, label, faint=False)
             ax.set_xscale("log", base=2)
-            places = sorted(values[x].unique())
-            ax.set_xticks(places, [f"{place:,.0f}" for place in places])
-            ax.xaxis.set_minor_locator(NullLocator())
+            name_places(ax, values[x])
             ax.set(xlabel=x.replace("_", " "), ylabel=NAME_LABELS.get(name, name))
             ax.set_ylim(0, 1.08 * values["value"].max())
             ax.yaxis.set_major_formatter(EngFormatter(sep=""))

@@ -410,9 +410,10 @@ TABLES = (
         _state_tracking_search,
     ),
     Table(
-        "State tracking on S5: whole curricula of comparison models at other rates",
-        "As many tokens as the models that are compared, which are the set of their family with "
-        "the most seeds and then the greatest reach.",
+        "State tracking on S5: other whole curricula of comparison models",
+        "At other rates or with other aids (generators, dropout). As many tokens as the models "
+        "that are compared, which are the set of their family with the most seeds and then the "
+        "greatest reach.",
         _state_tracking_rates,
     ),
     Table(

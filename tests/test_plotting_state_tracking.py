@@ -425,8 +425,8 @@ def test_records_are_told_apart_as_recipe_baselines_and_ablations() -> None:
         ("ablation", "no dropout", 9999),
         ("ablation", "causal T1", 7),
         ("ablation", "state noise 0.5, late", 8),
-        ("baseline", "GPT-2", 8),  # the better one
-        ("search", "GPT-2", 4),
+        ("baseline", "GPT-2, dropout 0.1, late", 8),  # the better one
+        ("search", "GPT-2, dropout 0.1, late", 4),
         ("search", "GLA", 99),  # trained on shorter words than the recipe
     }
 
@@ -497,6 +497,19 @@ def test_of_sets_with_as_many_seeds_the_recipe_is_the_surer_and_then_the_cheaper
     runs = state_records.sort_runs(pd.DataFrame(rows))
     decays = [p["weight_decay"] for p in runs.loc[runs["role"] == "recipe", "parameters"]]
     assert decays == [0.3] * 3
+
+
+def test_of_baselines_that_reach_as_far_the_one_without_aids_is_compared() -> None:
+    plain = [{"length": n, "lr": 1e-4, "max_steps": 10} for n in (2, 16)]
+    helped = [{**plain[0], "generators": 0.5}, {**plain[1], "dropout": 0.2}]
+    rows = [record("scan", 0, 512, stages=plain)]
+    for reach, stages_ in ((16, helped), (16, plain), (17, helped)):
+        rows += [record("gpt2_tiny", 0, reach, stages=stages_, clip=reach)]
+    runs = state_records.sort_runs(pd.DataFrame(rows[:3]))
+    found = {r["series"]: r["role"] for _, r in runs.iterrows() if r["model"] != "scan"}
+    assert found == {"GPT-2": "baseline", "GPT-2, generators 0.5, dropout 0.2, late": "search"}
+    runs = state_records.sort_runs(pd.DataFrame(rows))
+    assert list(runs.loc[runs["role"] == "baseline", "reach"]) == [17]
 
 
 def test_runs_of_another_schedule_are_no_seeds_of_the_recipe() -> None:

@@ -4,8 +4,8 @@ Runs that differ in the seed only are a *set*; how a run was evaluated, compiled
 not count. The recipe is the scan model's set with most seeds, then the greatest median and least
 reach, then the fewest tokens; every other set of the scan model is an ablation, named by what
 differs from the recipe. A baseline is, of each family (of Gated DeltaNet, by the sign of its
-eigenvalues), the first such set among those trained on words as long as the recipe's; the others
-are a search.
+eigenvalues), the first such set among those trained on words as long as the recipe's, of equal ones
+the one with the fewest aids (generators, dropout), which its label names; the others are a search.
 """
 
 from __future__ import annotations
@@ -112,6 +112,15 @@ def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
     )
 
 
+def _aided(kind: str, parameters: Mapping[str, Any]) -> str:
+    """A baseline's label with what its curriculum has to help it, beside lengths and rates."""
+    stages = parameters["stages"]
+    lengths = [stage["length"] for stage in stages]
+    given = {f: [stage.get(f) for stage in stages] for f in ("generators", "dropout")}
+    aids = [_stage_text(f, values, values, lengths) for f, values in given.items() if any(values)]
+    return ", ".join([kind, *aids])
+
+
 def sort_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """The finished runs with the columns ``role`` and ``series``.
 
@@ -128,19 +137,22 @@ def sort_runs(runs: pd.DataFrame) -> pd.DataFrame:
     kinds = [run_label(run["model"], run["parameters"]) for _, run in runs.iterrows()]
     reach = [max((r or {"": 0}).values(), default=0) for r in runs["summary.reach"]]
     trained = [p["stages"][-1]["length"] for p in runs["parameters"]]
+    aided = map(_aided, kinds, runs["parameters"])
     runs = runs.assign(key=keys, series=kinds, reach=reach, trained=trained, role="")
+    runs["aided"] = [*aided]
     runs["tokens"] = runs.get("summary.tokens", 0)
     sets = runs.groupby("key").agg(
         model=("model", "first"),
         series=("series", "first"),
+        aided=("aided", "first"),
         trained=("trained", "first"),
         seeds=("seed", "nunique"),
         reach=("reach", "median"),
         least=("reach", "min"),
         tokens=("tokens", "mean"),
     )
-    by = ["seeds", "reach", "least", "tokens"]
-    sets = sets.sort_values(by, ascending=[False, False, False, True])
+    by = ["seeds", "reach", "least", "tokens", "aided"]
+    sets = sets.sort_values(by, ascending=[False, False, False, True, True])
     scan = sets["model"] == "scan"
     recipe = next(iter(sets.index[scan]), None)
     roles = scan.map({True: "ablation", False: "search"})
@@ -150,6 +162,8 @@ def sort_runs(runs: pd.DataFrame) -> pd.DataFrame:
     if recipe is not None:
         roles[recipe] = "recipe"
     runs = runs.assign(role=runs["key"].map(roles))
+    of_others = runs["model"] != "scan"
+    runs.loc[of_others, "series"] = runs.loc[of_others, "aided"]
     if recipe is not None:
         base = runs.loc[runs["key"] == recipe, "parameters"].iloc[0]
         other = runs["role"] == "ablation"

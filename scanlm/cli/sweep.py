@@ -1,4 +1,4 @@
-"""``scanlm sweep``: the runs of a file, one after another, skipping what is done."""
+"""``scanlm sweep``: the runs of a file, here or on a cluster, skipping what is done."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from scanlm.cli.usage import FAILED, WRONG_USAGE, fail
 from scanlm.errors import ScanLMError, check_name
 
 if TYPE_CHECKING:
+    from scanlm.sweeps.files import SweepFile
     from scanlm.sweeps.local import LocalSweep
     from scanlm.sweeps.plans import SweepRun
+    from scanlm.sweeps.slurm_profile import SlurmProfile
 
 
 def sweep(
@@ -40,17 +42,29 @@ def sweep(
         str | None,
         typer.Option(help="Of state-tracking runs. Default: the GPU if there is one."),
     ] = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="On this machine, as without --slurm.")
+    ] = False,
+    slurm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="profile",
+            help="As jobs of a SLURM cluster: one of notebooks/slurm/, or a YAML file.",
+        ),
+    ] = None,
 ) -> None:
     """Do many runs that one file describes: training, notebooks or state tracking.
 
     What has finished is skipped, what was interrupted goes on. Paths in the file are relative to
     the current folder. Training and notebook runs are processes of their own, each with a log in
-    data/runs/sweeps/; state-tracking runs go side by side in this one.
+    data/runs/sweeps/; state-tracking runs go side by side in this one. With --slurm the runs that
+    are left are submitted as an array of jobs, but for those that are in a queue already.
 
     \b
     Example:
       scanlm sweep notebooks/sweeps/comparison.yaml --dry-run
       scanlm sweep notebooks/sweeps/comparison.yaml --only 1,3-5 --max-seconds 3600
+      scanlm sweep notebooks/sweeps/comparison.yaml --slurm gpu
     """
     from scanlm.cli import tables
     from scanlm.sweeps.files import read_sweep
@@ -61,9 +75,14 @@ def sweep(
     try:
         content = read_sweep(file)
         check_duration("max_seconds", max_seconds)
-        _check_options(content.kind, jobs, save_weights, device)
+        _check_options(content.kind, jobs, save_weights, None if slurm else device)
+        profile = None if slurm is None else _profile(slurm, local, jobs, max_seconds)
         runs = plan(content, out)
         chosen = choose(runs, only)
+        if profile is not None:
+            options = {"out": out, "save-weights": save_weights, "device": device}
+            _on_slurm(content, chosen, profile, options, dry_run)
+            return
     except ScanLMError as error:
         fail(str(error), WRONG_USAGE)
     if dry_run:
@@ -72,8 +91,12 @@ def sweep(
         for run in chosen:
             typer.echo(f"{run.number}: {run.command}")
     elif content.kind == "state_tracking":
-        options = {"root": out or "data/runs", "max_seconds": max_seconds, "device": device}
-        _side_by_side(chosen, save_weights=save_weights or "none", **options)
+        where: dict[str, Any] = {
+            "root": out or "data/runs",
+            "max_seconds": max_seconds,
+            "device": device,
+        }
+        _side_by_side(chosen, save_weights=save_weights or "none", **where)
     else:
         from scanlm.sweeps.local import LocalSweep, time_to_stop
 
@@ -101,6 +124,63 @@ def _check_options(kind: str, jobs: int, save_weights: str | None, device: str |
                 f"{name}={value!r} is for state-tracking runs, and this file has run: {kind}: "
                 "leave it out"
             )
+
+
+def _profile(name: str, local: bool, jobs: int, max_seconds: float | None) -> SlurmProfile:
+    """The profile; what it says cannot be said a second time."""
+    from scanlm.sweeps.slurm_profile import read_profile
+
+    if local:
+        raise ScanLMError(f"--local and --slurm {name}: choose one")
+    for option, given, instead in (
+        ("jobs", jobs > 1, "runs_per_job and gpus"),
+        ("max-seconds", max_seconds is not None, "minutes"),
+    ):
+        if given:
+            raise ScanLMError(f"--{option} with --slurm: set {instead} of the profile {name}")
+    return read_profile(name)
+
+
+def _on_slurm(
+    file: SweepFile,
+    chosen: Sequence[SweepRun],
+    profile: SlurmProfile,
+    options: Mapping[str, Any],
+    dry_run: bool,
+) -> None:
+    """Submit what is neither finished nor queued, and say how to look after it."""
+    from scanlm.cli import tables
+    from scanlm.sweeps.local import duration
+    from scanlm.sweeps.slurm import jobs_of, queued, submit
+
+    busy = queued(chosen, file.path.stem)
+    done = {run.number for run in chosen if run.state().name == "finished"}
+    left = [run for run in chosen if run.number not in done and run.number not in busy]
+    if dry_run:
+        typer.echo(tables.sweep_heading(file, chosen))
+        tables.show(tables.sweep_table(chosen))
+    for number, job in busy.items():
+        typer.echo(f"run {number}: in the queue already, job {job}")
+    if done:
+        typer.echo(f"{len(done)} of {len(chosen)} runs finished before")
+    if not left:
+        typer.echo("nothing is left to submit")
+        return
+    jobs = jobs_of(file, left, profile)
+    size = f"{len(left)} {'run' if len(left) == 1 else 'runs'}"
+    size += f" in {len(jobs)} {'job' if len(jobs) == 1 else 'jobs'}"
+    size += f" of at most {duration(60 * profile.minutes)}"
+    if dry_run:
+        typer.echo(f"would submit {size}: {'; '.join(', '.join(map(str, job)) for job in jobs)}")
+        return
+    sent = submit(file, left, profile, options)
+    typer.echo(
+        f"submitted {size}: {sent.number}\n"
+        f"  squeue --job {sent.number}; scancel {sent.number} saves and stops\n"
+        f"  scanlm sweep {file.path} --dry-run says how far each run is\n"
+        f"  script and logs: {sent.folder}\n"
+        "the same command goes on with what is left by then"
+    )
 
 
 def _locally(runner: LocalSweep) -> None:

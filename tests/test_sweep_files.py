@@ -83,6 +83,7 @@ def test_all_baselines_run_with_three_seeds_on_the_same_tokens() -> None:
             s.config.get("allow_neg_eigval"),
             s.stages[-1].lr / s.stages[0].lr,
             s.stages[0].generators,
+            s.stages[-1].dropout,
         )
         for s in listed
     )
@@ -97,8 +98,11 @@ def test_all_baselines_run_with_three_seeds_on_the_same_tokens() -> None:
         ("window_gpt2_small", None, 1),
     }
     other = {(gla, None, 0.25), (delta, True, 1), (delta, False, 0.25)}
-    assert {kind[:3] for kind in kinds if not kind[3]} == better | other
-    assert {kind[:3] for kind in kinds if kind[3]} == better
+    assert {kind[:3] for kind in kinds if kind[3:] == (0, 0)} == better | other
+    assert {kind[:3] for kind in kinds if kind[3:] == (0.5, 0)} == better
+    with_dropout = {kind for kind in better if "gpt2" in kind[0] or kind[1]}
+    assert {kind[:3] for kind in kinds if kind[4]} == with_dropout
+    assert {kind[3:] for kind in kinds if kind[4]} == {(0.5, 0.2)}
     assert all(s.stages[-1].lr == s.stages[-2].lr for s in listed)  # both long stages
     assert len({s.stages[-3].length for s in listed}) == 1
     assert len({tokens(s) for s in listed}) == 1

@@ -44,7 +44,8 @@ def build_model(settings: StateTrackingSettings, device: torch.device | str = "c
 
     Raises:
         ScanLMError: an unknown model or field (with the nearest), a value out of range, stages
-            beyond the model's positions, or a T1 that cannot begin as T2.
+            beyond the model's positions, dropout of a model without, or a T1 that cannot begin as
+            T2.
     """
     if settings.model == "scan":
         entry = ModelEntry(id="scan", family="scanlm", config=settings.config)
@@ -58,6 +59,12 @@ def build_model(settings: StateTrackingSettings, device: torch.device | str = "c
         torch.manual_seed(settings.seed)
         model = baselines.build_model(entry, get_group(settings.group).order, place)
     check_lengths(model, [s.length for s in settings.stages])
+    rate = max(stage.dropout for stage in settings.stages)
+    if rate and not any(isinstance(module, nn.Dropout) for module in model.modules()):
+        raise ScanLMError(
+            f"dropout={rate}: a model of type {model.config.model_type!r} has no dropout; set "
+            "stages.*.dropout to 0"
+        )
     if any(stage.t1_from_t2 for stage in settings.stages):
         layers = [len(model.get_submodule(part).h) for part in ("t1", "t2")]  # type: ignore[arg-type]
         if layers[0] != layers[1]:

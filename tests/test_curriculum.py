@@ -166,6 +166,14 @@ def test_t1_of_other_depth_cannot_begin_as_t2() -> None:
         check_model(settings)
 
 
+def test_dropout_of_a_model_without_is_refused() -> None:
+    settings = preset_settings("smoke", ["model=mamba2_130M", "stages.*.dropout=0.1"])
+    message = r"dropout=0\.1: a model of type 'mamba2' has no dropout; set stages\.\*\.dropout to 0"
+    with pytest.raises(ScanLMError, match=message):
+        check_model(settings)
+    check_model(preset_settings("smoke", ["model=mamba2_130M", "stages.*.dropout=0"]))
+
+
 def test_records_without_copy_and_generators_are_what_they_were() -> None:
     stages = preset_settings("paper").model_dump(mode="json")["stages"]
     assert [stage.get("t1_from_t2") for stage in stages] == [None, True, *[None] * 5]

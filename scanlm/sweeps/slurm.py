@@ -8,6 +8,7 @@ finished, and goes on with what was interrupted.
 
 from __future__ import annotations
 
+import getpass
 import json
 import shutil
 import subprocess
@@ -82,11 +83,12 @@ def queued(runs: Sequence[SweepRun], name: str) -> dict[int, str]:
 
 
 def _alive() -> set[str]:
-    """The ids of all jobs that are running or waiting."""
+    """The ids of the user's jobs that are running or waiting."""
     if shutil.which("squeue") is None:
         return set()
     # -r: each job of an array on a line of its own
-    asked = subprocess.run(["squeue", "-h", "-r", "-o", "%i"], capture_output=True, text=True)
+    words = ["squeue", "-h", "-r", "-o", "%i", "-u", getpass.getuser()]
+    asked = subprocess.run(words, capture_output=True, text=True)
     if asked.returncode:
         raise ScanLMError(f"SLURM does not answer: {last_line(asked.stderr)}")
     return set(asked.stdout.split())

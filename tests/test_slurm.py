@@ -181,6 +181,7 @@ def test_a_job_is_the_sweep_of_its_runs_from_a_copy_of_the_file(
     result = scan("sweep", "rates.yaml", "--only", "1,2,4", *words)
     assert result.exit_code == 0, result.output
     assert "submitted 3 runs in 2 jobs of at most 10:00: 77" in result.output
+    assert "scanlm sweep rates.yaml --out kept --dry-run says" in result.output
     (folder,) = (here / "kept" / "sweeps" / "rates" / "slurm").iterdir()
     copy = folder / "rates.yaml"
     assert copy.read_text() == (here / "rates.yaml").read_text()
@@ -201,6 +202,20 @@ def test_a_job_is_the_sweep_of_its_runs_from_a_copy_of_the_file(
     }
     assert {name: shlex.split(options[name])[0] for name in wanted} == wanted
     assert "\nmodule load cuda\n" in script
+
+
+def test_jobs_do_not_inherit_the_job_that_they_are_submitted_from(
+    here: Path, pretended: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "bin" / "sbatch").write_text("#!/bin/sh\nenv > seen\necho Submitted batch job 77\n")
+    given = {"SLURM_CONF": "/etc/here.conf", "SLURM_JOB_ID": "5", "SLURM_MEM_PER_NODE": "9"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    result = scan("sweep", "rates.yaml", "--slurm", "node.yaml")
+    assert result.exit_code == 0, result.output
+    seen = [line for line in (here / "seen").read_text().splitlines() if line.startswith("SLURM_")]
+    assert seen == ["SLURM_CONF=/etc/here.conf"]
+    assert {name: os.environ[name] for name in given} == given
 
 
 def test_what_is_in_the_queue_or_finished_is_not_submitted_again(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -174,10 +175,11 @@ def _on_slurm(
         typer.echo(f"would submit {size}: {'; '.join(', '.join(map(str, job)) for job in jobs)}")
         return
     sent = submit(file, left, profile, options)
+    out = f" --out {shlex.quote(str(options['out']))}" if options["out"] else ""
     typer.echo(
         f"submitted {size}: {sent.number}\n"
         f"  squeue --job {sent.number}; scancel {sent.number} saves and stops\n"
-        f"  scanlm sweep {file.path} --dry-run says how far each run is\n"
+        f"  scanlm sweep {file.path}{out} --dry-run says how far each run is\n"
         f"  script and logs: {sent.folder}\n"
         "the same command goes on with what is left by then"
     )

@@ -8,12 +8,14 @@ finished, and goes on with what was interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
+import os
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +136,7 @@ def submit(
     executor.update_parameters(**_parameters(profile, file.path.stem))
     by_number = {run.number: run for run in runs}
     try:
-        with executor.batch():
+        with _not_within_a_job(), executor.batch():
             submitted = [
                 executor.submit(
                     SweepJob(
@@ -154,6 +156,18 @@ def submit(
     identities = {job: [run.identity for run in its] for job, its in found.items()}
     (folder / SUBMITTED).write_text(json.dumps(identities, indent=1) + "\n", encoding="utf-8")
     return Submission(folder, found)
+
+
+@contextlib.contextmanager
+def _not_within_a_job() -> Iterator[None]:
+    """Jobs submitted within a job, such as a notebook's, would inherit what was given to that."""
+    from submitit.helpers import clean_env
+
+    configuration = os.environ.get("SLURM_CONF")
+    with clean_env():
+        if configuration is not None:  # where the cluster is; clean_env puts all back afterwards
+            os.environ["SLURM_CONF"] = configuration
+        yield
 
 
 def _parameters(profile: SlurmProfile, name: str) -> dict[str, Any]:

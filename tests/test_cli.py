@@ -686,6 +686,12 @@ def test_losses_that_are_not_comparable_are_not_ranked(
         _check_comparable([row, row | {"target": "b"} | changed])
 
 
+def test_a_run_is_not_ranked_against_itself() -> None:
+    result = scan("evaluate", "--compare", "runs/a", "gpt2", "runs/a/", "--corpus", "embedded")
+    assert result.exit_code == 1
+    assert "--compare: runs/a is given twice: leave one out" in result.stderr
+
+
 def test_compare_refuses_runs_of_other_lengths(trained: dict[str, Any], tmp_path: Path) -> None:
     source = trained["runs"]["gpt2_tiny"]
     other = Path(shutil.copytree(source, tmp_path / "other"))

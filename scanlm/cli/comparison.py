@@ -36,12 +36,16 @@ def evaluate_all(
         options: of ``evaluate``.
 
     Raises:
-        ScanLMError: no corpus is given or known, ``ranked`` targets are read in different ways, and
-            whatever ``evaluate`` raises.
+        ScanLMError: no corpus is given or known, ``ranked`` targets are read in different ways or
+            one of them is given twice, and whatever ``evaluate`` raises.
     """
     from scanlm.checkpoints import load_checkpoint
     from scanlm.evaluation import evaluate
 
+    given = [str(Path(target)) for target in targets]  # without a slash at the end
+    twice = next((target for target in given if given.count(target) > 1), None)
+    if ranked and twice is not None:
+        raise ScanLMError(f"--compare: {twice} is given twice: leave one out")
     options["load"] = _keeping_the_last(load_checkpoint)
     asked = [
         (target, corpus, split)

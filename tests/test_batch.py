@@ -179,6 +179,25 @@ def test_a_failing_cell_leaves_the_partial_notebook(
     assert [item.output_type for item in cell.outputs] == ["error"]
 
 
+CUT_OFF = """
+import typer
+from scanlm.cli.usage import one_line_errors
+async def waiting(): pass
+held = [waiting()]
+held.append(held)  # a cycle, which is there until Python ends
+try:
+    with one_line_errors():
+        raise KeyboardInterrupt
+except typer.Exit:
+    pass
+"""
+
+
+def test_an_interrupt_at_any_moment_is_one_line() -> None:
+    done = subprocess.run([sys.executable, "-c", CUT_OFF], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "scanlm: interrupted\n")
+
+
 def test_an_interrupt_is_one_line(notebook: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "scanlm", "run", "07", "-p", "name=endless"],

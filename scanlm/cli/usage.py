@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -38,6 +39,8 @@ def one_line_errors() -> Iterator[None]:
     except (ScanLMError, NotebookFailed) as error:
         fail(str(error))
     except KeyboardInterrupt as error:
+        # a notebook's event loop may have been about to
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         fail(f"interrupted{': ' if error.args else ''}{error}", INTERRUPTED)
     except OSError as error:
         if error.errno in (None, errno.EPIPE):

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from scanlm.errors import ScanLMError, nearest
-from scanlm.values import read_mapping
+from scanlm.values import named_file, read_mapping
 
 
 class NotebookFailed(RuntimeError):
@@ -98,17 +98,10 @@ def read_preset(notebook: str | Path, preset: str | Path) -> dict[str, Any]:
     Raises:
         ScanLMError: no such preset, or a file that is no mapping.
     """
-    path = Path(preset)
-    if path.suffix in (".yaml", ".yml"):
-        return read_mapping(path)
     notebook = Path(notebook)
-    folder = notebook.parent / "presets" / notebook.stem
-    path = folder / f"{preset}.yaml"
-    if path.is_file():
-        return read_mapping(path)
-    known = [found.stem for found in folder.glob("*.yaml")]
-    hint = nearest(str(preset), known) if known else f" There are none in {folder}."
-    raise ScanLMError(f"no preset {str(preset)!r} for notebook {notebook.stem}.{hint}")
+    what = f"preset {str(preset)!r} for notebook {notebook.stem}"
+    presets = notebook.parent / "presets" / notebook.stem
+    return read_mapping(named_file(preset, lambda: presets, what))
 
 
 def resolve_parameters(

@@ -31,7 +31,7 @@ from scanlm.baselines import ModelEntry, load_entry
 from scanlm.clipped_adamw import adamw_step, clipping_factor
 from scanlm.compiling import as_compiled, compile_model
 from scanlm.curriculum_settings import Stage, StateTrackingSettings
-from scanlm.dropout import set_dropout
+from scanlm.dropout import no_dropout, set_dropout
 from scanlm.errors import ScanLMError
 from scanlm.groups import get_group, word_batch
 from scanlm.length_evaluation import check_lengths, word_logits
@@ -61,10 +61,7 @@ def build_model(settings: StateTrackingSettings, device: torch.device | str = "c
     check_lengths(model, [s.length for s in settings.stages])
     rate = max(stage.dropout for stage in settings.stages)
     if rate and not any(isinstance(module, nn.Dropout) for module in model.modules()):
-        raise ScanLMError(
-            f"dropout={rate}: a model of type {model.config.model_type!r} has no dropout; set "
-            "stages.*.dropout to 0"
-        )
+        raise no_dropout(model, rate, "set stages.*.dropout to 0")
     if any(stage.t1_from_t2 for stage in settings.stages):
         layers = [len(model.get_submodule(part).h) for part in ("t1", "t2")]  # type: ignore[arg-type]
         if layers[0] != layers[1]:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
+from scanlm.errors import ScanLMError
 from scanlm.values import is_number
+
+
+def no_dropout(model: Any, rate: float, instead: str) -> ScanLMError:
+    """That a model without dropout was asked for some, and what to do instead."""
+    return ScanLMError(
+        f"dropout={rate}: a model of type {model.config.model_type!r} has no dropout; {instead}"
+    )
 
 
 def set_dropout(model: nn.Module, p: float, where: str = "all") -> None:

@@ -43,7 +43,7 @@ from scanlm.data import (
 )
 from scanlm.data.token_files import default_tokenizer
 from scanlm.data.tokenizers import vocabulary_size
-from scanlm.dropout import set_dropout
+from scanlm.dropout import no_dropout, set_dropout
 from scanlm.errors import ScanLMError
 from scanlm.flops import training_flops
 from scanlm.interrupts import held_interrupts
@@ -492,10 +492,7 @@ def _set_dropout(model: Any, rate: float | None) -> None:
         return
     fields = [name for name in DROPOUT_FIELDS if hasattr(model.config, name)]
     if not fields:
-        raise ScanLMError(
-            f"dropout={rate}: a model of type {model.config.model_type!r} has no dropout; leave it "
-            "out"
-        )
+        raise no_dropout(model, rate, "leave it out")
     for name in fields:
         setattr(model.config, name, rate)
     set_dropout(model, rate)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from scanlm.errors import ScanLMError
+from scanlm.errors import ScanLMError, nearest
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -153,6 +153,29 @@ def check_picture(path: str | Path) -> None:
 def mapping_or_empty(value: Any) -> Mapping[str, Any]:
     """A mapping as it is, and an empty one for what is none: a missing cell of a table, say."""
     return value if isinstance(value, Mapping) else {}
+
+
+def named_file(name: str | Path, find_folder: Callable[[], Path], what: str) -> Path:
+    """A YAML file by its path, or by its name in a folder, without the ending.
+
+    Args:
+        name: either.
+        find_folder: where names are looked up; not asked about a path.
+        what: is named, for the message.
+
+    Raises:
+        ScanLMError: no such name; a path is not looked at.
+    """
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    folder = find_folder()
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = [found.stem for found in folder.glob("*.yaml")]
+        hint = nearest(str(name), known) if known else f" There are none in {folder}."
+        raise ScanLMError(f"no {what}.{hint} Or name a YAML file.")
+    return path
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:

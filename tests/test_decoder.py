@@ -385,16 +385,6 @@ def test_options_out_of_range_are_refused(
         make_model().stream(make_ids(1, 3), **options)
 
 
-def test_padded_rows_do_not_fit_an_empty_cache_of_one_length(
-    make_model: Make, make_ids: Make
-) -> None:
-    model, ids = make_model(), make_ids(2, 5)
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
-    with pytest.raises(ScanLMError, match="leave past_key_values out"):
-        model.stream(ids, attention_mask=mask, past_key_values=model.new_cache())
-
-
 def test_a_stream_goes_on_under_a_mask_of_all_columns(make_model: Make, make_ids: Make) -> None:
     model, ids = make_model(), make_ids(2, 5)
     mask = torch.ones_like(ids)

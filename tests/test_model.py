@@ -727,8 +727,9 @@ def test_padded_rows_do_not_fit_an_empty_cache_of_one_length(
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
     cache = model.new_cache()
-    with pytest.raises(ScanLMError, match="leave past_key_values out"):
-        model(ids, attention_mask=mask, past_key_values=cache)
+    for read in (model, model.stream):
+        with pytest.raises(ScanLMError, match="leave past_key_values out"):
+            read(ids, attention_mask=mask, past_key_values=cache)
     model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
     assert cache.get_seq_length() == 5
 

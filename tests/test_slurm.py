@@ -18,38 +18,28 @@ from typing import Any
 import pytest
 import yaml
 from one_node_slurm import cluster, missing
-from typer.testing import CliRunner, Result
+from test_sweep import TINY, scan
 
-from scanlm.cli import app
 from scanlm.errors import ScanLMError
 from scanlm.records import Run
 from scanlm.sweeps.files import read_sweep
 from scanlm.sweeps.plans import plan
 from scanlm.sweeps.slurm import jobs_of
 from scanlm.sweeps.slurm_profile import SlurmProfile, read_profile
+from scanlm.trainer import saved_steps
 
-TINY = {
-    "model": "scanlm_tiny",
-    "preset": "smoke",
-    "tokenizer": "bytes",
-    "corpus": "embedded#validation=validation[:2%]",
-    "seq_len": 8,
-    "batch_size": 2,
-    "eval_tokens": 16,
-    "config": {"n_embd": 8, "n_head": 2},
-}
 PROFILE = {"minutes": 10, "cpus": 1, "memory_gb": 1, "warning_seconds": 60}
-
-
-def scan(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in arguments], prog_name="scanlm")
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder: with a sweep of four training runs, ``rates.yaml``, and ``node.yaml``."""
     monkeypatch.chdir(tmp_path)
-    content = {"run": "train", "base": TINY | {"steps": 2}, "grid": {"seed": [0, 1, 2, 3]}}
+    content = {
+        "run": "train",
+        "base": TINY | {"model": "scanlm_tiny"},
+        "grid": {"seed": [0, 1, 2, 3]},
+    }
     (tmp_path / "rates.yaml").write_text(yaml.safe_dump(content))
     (tmp_path / "node.yaml").write_text(yaml.safe_dump(PROFILE))
     return tmp_path
@@ -125,7 +115,7 @@ def test_runs_are_grouped_in_their_order(here: Path) -> None:
     file = read_sweep("rates.yaml")
     runs = plan(file)[1:]
     jobs = jobs_of(file, runs, SlurmProfile(minutes=1, runs_per_job=2))
-    assert jobs == [[2, 3], [4]]
+    assert [[run.number for run in job] for job in jobs] == [[2, 3], [4]]
 
 
 def test_state_tracking_runs_of_a_job_share_one_gpu(here: Path) -> None:
@@ -349,7 +339,7 @@ def test_a_job_whose_time_is_up_goes_on_and_a_cancelled_one_is_saved(
 ) -> None:
     # nothing is saved in time: what is there was saved because of an interrupt
     steps = {"steps": 9000, "save_every": 9000, "eval_every": 9000, "log_every": 10}
-    content = {"run": "train", "base": TINY | steps, "runs": [{"seed": 7}]}
+    content = {"run": "train", "base": TINY | steps, "runs": [{"model": "scanlm_tiny"}]}
     (here / "long.yaml").write_text(yaml.safe_dump(content))
     words = (sys.executable, "-m", "scanlm", "sweep", "long.yaml")
     subprocess.run([*words, "--slurm", "node.yaml"], env=on_slurm, check=True)
@@ -358,8 +348,8 @@ def test_a_job_whose_time_is_up_goes_on_and_a_cancelled_one_is_saved(
     log = submitted.with_name(f"{job}_0_log.out")
 
     def saved() -> list[int]:
-        found = (here / "data" / "runs" / "embedded").glob("*/checkpoint-*/trainer_state.json")
-        return sorted(int(path.parent.name.partition("-")[2]) for path in found)
+        (folder,) = here.glob("data/runs/embedded/*")
+        return saved_steps(folder)
 
     def trained() -> int:
         lines = [p.read_text() for p in here.glob("data/runs/embedded/*/metrics.jsonl")]

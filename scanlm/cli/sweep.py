@@ -67,7 +67,6 @@ def sweep(
       scanlm sweep notebooks/sweeps/comparison.yaml --only 1,3-5 --max-seconds 3600
       scanlm sweep notebooks/sweeps/comparison.yaml --slurm gpu
     """
-    from scanlm.cli import tables
     from scanlm.sweeps.files import read_sweep
     from scanlm.sweeps.plans import choose, plan
     from scanlm.values import check_duration
@@ -81,23 +80,18 @@ def sweep(
         runs = plan(content, out)
         chosen = choose(runs, only)
         if profile is not None:
-            options = {"out": out, "save-weights": save_weights, "device": device}
-            _on_slurm(content, chosen, profile, options, dry_run)
+            given = {"out": out, "save-weights": save_weights, "device": device}
+            _on_slurm(content, chosen, profile, given, dry_run)
             return
     except ScanLMError as error:
         fail(str(error), WRONG_USAGE)
     if dry_run:
-        typer.echo(tables.sweep_heading(content, chosen))
-        tables.show(tables.sweep_table(chosen))
+        _list(content, chosen)
         for run in chosen:
             typer.echo(f"{run.number}: {run.command}")
     elif content.kind == "state_tracking":
-        where: dict[str, Any] = {
-            "root": out or "data/runs",
-            "max_seconds": max_seconds,
-            "device": device,
-        }
-        _side_by_side(chosen, save_weights=save_weights or "none", **where)
+        options = {"root": out or "data/runs", "max_seconds": max_seconds, "device": device}
+        _side_by_side(chosen, save_weights=save_weights or "none", **options)
     else:
         from scanlm.sweeps.local import LocalSweep, time_to_stop
 
@@ -127,6 +121,13 @@ def _check_options(kind: str, jobs: int, save_weights: str | None, device: str |
             )
 
 
+def _list(file: SweepFile, runs: Sequence[SweepRun]) -> None:
+    from scanlm.cli import tables
+
+    typer.echo(tables.sweep_heading(file, runs))
+    tables.show(tables.sweep_table(runs))
+
+
 def _profile(name: str, local: bool, jobs: int, max_seconds: float | None) -> SlurmProfile:
     """The profile; what it says cannot be said a second time."""
     from scanlm.sweeps.slurm_profile import read_profile
@@ -150,7 +151,6 @@ def _on_slurm(
     dry_run: bool,
 ) -> None:
     """Submit what is neither finished nor queued, and say how to look after it."""
-    from scanlm.cli import tables
     from scanlm.sweeps.local import duration
     from scanlm.sweeps.slurm import jobs_of, queued, submit
 
@@ -158,8 +158,7 @@ def _on_slurm(
     done = {run.number for run in chosen if run.state().name == "finished"}
     left = [run for run in chosen if run.number not in done and run.number not in busy]
     if dry_run:
-        typer.echo(tables.sweep_heading(file, chosen))
-        tables.show(tables.sweep_table(chosen))
+        _list(file, chosen)
     for number, job in busy.items():
         typer.echo(f"run {number}: in the queue already, job {job}")
     if done:
@@ -172,9 +171,10 @@ def _on_slurm(
     size += f" in {len(jobs)} {'job' if len(jobs) == 1 else 'jobs'}"
     size += f" of at most {duration(60 * profile.minutes)}"
     if dry_run:
-        typer.echo(f"would submit {size}: {'; '.join(', '.join(map(str, job)) for job in jobs)}")
+        numbers = (", ".join(str(run.number) for run in job) for job in jobs)
+        typer.echo(f"would submit {size}: {'; '.join(numbers)}")
         return
-    sent = submit(file, left, profile, options)
+    sent = submit(file, jobs, profile, options)
     out = f" --out {shlex.quote(str(options['out']))}" if options["out"] else ""
     typer.echo(
         f"submitted {size}: {sent.number}\n"

@@ -137,9 +137,8 @@ def sort_runs(runs: pd.DataFrame) -> pd.DataFrame:
     kinds = [run_label(run["model"], run["parameters"]) for _, run in runs.iterrows()]
     reach = [max((r or {"": 0}).values(), default=0) for r in runs["summary.reach"]]
     trained = [p["stages"][-1]["length"] for p in runs["parameters"]]
-    aided = map(_aided, kinds, runs["parameters"])
-    runs = runs.assign(key=keys, series=kinds, reach=reach, trained=trained, role="")
-    runs["aided"] = [*aided]
+    aided = [*map(_aided, kinds, runs["parameters"])]
+    runs = runs.assign(key=keys, series=kinds, aided=aided, reach=reach, trained=trained, role="")
     runs["tokens"] = runs.get("summary.tokens", 0)
     sets = runs.groupby("key").agg(
         model=("model", "first"),

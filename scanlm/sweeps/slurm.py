@@ -38,20 +38,17 @@ class Submission:
 
     Attributes:
         folder: of the copy, the script and the logs.
-        jobs: SLURM's id of each job (``1234_0``), with the runs that it does.
+        number: that all jobs share, for ``squeue`` and ``scancel``.
     """
 
     folder: Path
-    jobs: dict[str, list[SweepRun]]
-
-    @property
-    def number(self) -> str:
-        """The number that all jobs share, for ``squeue`` and ``scancel``."""
-        return next(iter(self.jobs)).partition("_")[0]
+    number: str
 
 
-def jobs_of(file: SweepFile, runs: Sequence[SweepRun], profile: SlurmProfile) -> list[list[int]]:
-    """The numbers of the runs of each job.
+def jobs_of(
+    file: SweepFile, runs: Sequence[SweepRun], profile: SlurmProfile
+) -> list[list[SweepRun]]:
+    """The runs of each job.
 
     Raises:
         ScanLMError: several GPUs for a job of state-tracking runs, which share one.
@@ -61,8 +58,8 @@ def jobs_of(file: SweepFile, runs: Sequence[SweepRun], profile: SlurmProfile) ->
             f"gpus={profile.gpus}: the state-tracking runs of a job go side by side on one GPU: "
             "use a profile with gpus: 1"
         )
-    numbers, size = [run.number for run in runs], profile.runs_per_job
-    return [numbers[first : first + size] for first in range(0, len(numbers), size)]
+    size = profile.runs_per_job
+    return [list(runs[first : first + size]) for first in range(0, len(runs), size)]
 
 
 def queued(runs: Sequence[SweepRun], name: str) -> dict[int, str]:
@@ -98,7 +95,7 @@ def _alive() -> set[str]:
 
 def submit(
     file: SweepFile,
-    runs: Sequence[SweepRun],
+    jobs: Sequence[Sequence[SweepRun]],
     profile: SlurmProfile,
     options: Mapping[str, Any],
 ) -> Submission:
@@ -106,7 +103,7 @@ def submit(
 
     Args:
         file: of the sweep.
-        runs: in the order of the jobs; one at least.
+        jobs: of ``jobs_of``; one at least.
         profile: what a job asks for.
         options: of ``scanlm sweep`` that its jobs take, too: ``out``, ``save-weights``, ``device``.
 
@@ -116,13 +113,12 @@ def submit(
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    jobs = jobs_of(file, runs, profile)
     if shutil.which("sbatch") is None:
         raise ScanLMError(
             "no command sbatch here: submit on a login node of a SLURM cluster, or leave --slurm "
             "out to run on this machine"
         )
-    folder = runs[0].root / "sweeps" / file.path.stem / "slurm" / time.strftime("%Y%m%d-%H%M%S")
+    folder = jobs[0][0].root / "sweeps" / file.path.stem / "slurm" / time.strftime("%Y%m%d-%H%M%S")
     folder = folder.resolve()
     folder.mkdir(parents=True)
     copy = folder / file.path.name
@@ -130,32 +126,27 @@ def submit(
     words = [*program(), "sweep", str(copy)]
     for name, value in options.items():
         words += [f"--{name}", str(value)] if value is not None else []
-    if file.kind != "state_tracking" and min(profile.gpus, profile.runs_per_job) > 1:
-        words += ["--jobs", str(min(profile.gpus, profile.runs_per_job))]
+    at_once = min(profile.gpus, profile.runs_per_job)
+    if file.kind != "state_tracking" and at_once > 1:
+        words += ["--jobs", str(at_once)]
     executor = SlurmExecutor(folder=folder, max_num_timeout=profile.requeues)
     executor.update_parameters(**_parameters(profile, file.path.stem))
-    by_number = {run.number: run for run in runs}
+    patience = profile.warning_seconds - SAVING
+    submitted = []
     try:
         with _not_within_a_job(), executor.batch():
-            submitted = [
-                executor.submit(
-                    SweepJob(
-                        [*words, "--only", ",".join(map(str, numbers))],
-                        profile.warning_seconds - SAVING,
-                    )
-                )
-                for numbers in jobs
-            ]
+            for runs in jobs:
+                only = ",".join(str(run.number) for run in runs)
+                submitted.append(executor.submit(SweepJob([*words, "--only", only], patience)))
     except (FailedJobError, FailedSubmissionError) as error:
         shutil.rmtree(folder)
         raise ScanLMError(f"SLURM refuses the jobs: {last_line(error)}") from error
-    found = {
-        job.job_id: [by_number[number] for number in numbers]
-        for job, numbers in zip(submitted, jobs, strict=True)
+    identities = {
+        job.job_id: [run.identity for run in runs]
+        for job, runs in zip(submitted, jobs, strict=True)
     }
-    identities = {job: [run.identity for run in its] for job, its in found.items()}
     (folder / SUBMITTED).write_text(json.dumps(identities, indent=1) + "\n", encoding="utf-8")
-    return Submission(folder, found)
+    return Submission(folder, submitted[0].job_id.partition("_")[0])
 
 
 @contextlib.contextmanager

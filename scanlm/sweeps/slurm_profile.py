@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scanlm.batch import notebooks_folder
-from scanlm.errors import ScanLMError, nearest
+from scanlm.errors import ScanLMError
 from scanlm.settings import first_mistake
-from scanlm.values import read_mapping
+from scanlm.values import named_file, read_mapping
 
 
 class SlurmProfile(BaseModel):
@@ -53,14 +53,8 @@ def read_profile(name: str | Path) -> SlurmProfile:
     Raises:
         ScanLMError: no such profile or file, an unknown name, a value of another kind.
     """
-    path = Path(name).expanduser()
-    if path.suffix not in (".yaml", ".yml"):
-        folder = notebooks_folder() / "slurm"
-        path = folder / f"{name}.yaml"
-        if not path.is_file():
-            known = [found.stem for found in folder.glob("*.yaml")]
-            hint = nearest(str(name), known) if known else f" There are none in {folder}."
-            raise ScanLMError(f"no SLURM profile {str(name)!r}.{hint} Or name a YAML file.")
+    what = f"SLURM profile {str(name)!r}"
+    path = named_file(name, lambda: notebooks_folder() / "slurm", what)
     values: dict[str, Any] = read_mapping(path)
     try:
         profile = SlurmProfile(**values)

@@ -163,7 +163,7 @@ def run_notebook(
         preset: name of a preset, or a YAML file.
         parameters: override the preset's and the notebook's values.
         output: the executed notebook; default
-            ``data/runs/notebooks/<notebook>[-<preset>][-<hash of parameters>].ipynb`` in the folder
+            ``data/runs/notebooks/<notebook>[-<preset>][-<hash of values>].ipynb`` in the folder
             that holds ``notebooks``. It is written beside as ``*.partial.ipynb`` while it runs, so
             its existence means that it is complete.
         progress: a progress bar; default if stderr is a terminal.
@@ -181,7 +181,7 @@ def run_notebook(
 
     notebook = find_notebook(name)
     values = resolve_parameters(notebook, preset, parameters)
-    done = Path(output) if output is not None else default_output(notebook, preset, parameters)
+    done = Path(output) if output is not None else default_output(notebook, preset, values)
     if done.suffix != ".ipynb":
         raise ScanLMError(f"output {str(done)!r} must end in .ipynb")
     if done.resolve() == notebook:
@@ -248,15 +248,19 @@ def _kernel_manager() -> Any:
     return ThisPython
 
 
-def default_output(
-    notebook: Path, preset: str | Path | None, parameters: Mapping[str, Any] | None
-) -> Path:
-    """Where ``run_notebook`` puts the executed notebook unless it is told."""
+def default_output(notebook: Path, preset: str | Path | None, values: Mapping[str, Any]) -> Path:
+    """Where ``run_notebook`` puts the executed notebook unless it is told.
+
+    Args:
+        notebook: path of the notebook.
+        preset: name or path; only its name is read here, it may change its values.
+        values: what ``resolve_parameters`` returned.
+    """
     parts = [notebook.stem]
     if preset is not None:
         parts.append(Path(preset).stem)
-    if parameters:
-        text = json.dumps(dict(parameters), sort_keys=True, default=str)
+    if values:
+        text = json.dumps(dict(values), sort_keys=True, default=str)
         parts.append(hashlib.sha256(text.encode()).hexdigest()[:8])
     root = notebook.parent.parent if notebook.parent.name == "notebooks" else notebook.parent
     return root / "data" / "runs" / "notebooks" / f"{'-'.join(parts)}.ipynb"

@@ -627,12 +627,16 @@ def test_notebooks_run_and_fail(write: Callable[[Any], Path], tmp_path: Path) ->
     assert (tmp_path / f"data/runs/sweeps/many/02-{finished.place.stem}.log").is_file()
     failed.place.write_text("")  # as a killed one leaves it
     assert runs[0].state().name == "unfinished"
+    (folder / "presets" / "07_small" / "smoke.yaml").write_text("steps: 3\n")
+    changed = plan(read_sweep(file))[1].state()
+    assert (changed.name, changed.place != finished.place) == ("new", True)
     with pytest.raises(ScanLMError, match=r"run 1: .* no parameter 'stepz'\. Did you mean 'steps'"):
         plan(read_sweep(write({"run": "notebook", "base": base, "runs": [{"stepz": 1}]})))
     with pytest.raises(ScanLMError, match="run 1: no 'notebook': name a notebook"):
         plan(read_sweep(write("run: notebook\nruns: [{}]")))
     elsewhere = plan(read_sweep(file := write({"run": "notebook", "runs": [base]})), Path("out"))
-    assert elsewhere[0].words[-2:] == ["--output", "out/notebooks/07_small-smoke.ipynb"]
+    option, output = elsewhere[0].words[-2:]
+    assert (option, Path(output).parent) == ("--output", Path("out/notebooks"))
     assert elsewhere[0].root == Path("out")
 
 

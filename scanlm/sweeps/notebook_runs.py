@@ -25,8 +25,7 @@ def notebook_run(values: dict[str, Any], out: Path | None) -> dict[str, Any]:
     name = text(values, "notebook", "a notebook (01, or its path)")
     preset = optional_text(values, "preset")
     notebook = find_notebook(name)
-    resolve_parameters(notebook, preset, values)
-    output = default_output(notebook, preset, values)
+    output = default_output(notebook, preset, resolve_parameters(notebook, preset, values))
     words = ["run", name]
     if preset is not None:
         words += ["--preset", preset]

@@ -253,7 +253,7 @@ def default_output(notebook: Path, preset: str | Path | None, values: Mapping[st
 
     Args:
         notebook: path of the notebook.
-        preset: name or path; only its name is read here, it may change its values.
+        preset: its name or path, for the name alone: what it holds is in ``values``.
         values: what ``resolve_parameters`` returned.
     """
     parts = [notebook.stem]
